@@ -1,0 +1,314 @@
+"""The Program: a traced model as an FX graph in normal form that is still called, trained and moved like a module."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from graphprune.errors import TraceError
+from graphprune.ir.interface import Interface, named_forward
+from graphprune.ir.properties import Property
+
+META = "graphprune"
+"""Key under which ``node.meta`` holds graphprune's decisions, a mapping from decision type to a frozen dataclass."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a Program came from, as data, so that it can be traced again when it is loaded.
+
+    Attributes:
+        model: ``package.module:ClassName`` of the source model.
+        factory: ``package.module:function`` that builds the source model, where it has no Hugging Face config.
+        trace: Options of the trace: constants, labels, shapes and dtypes of the example inputs.
+    """
+
+    model: str
+    factory: str | None
+    trace: Mapping[str, object]
+
+
+class Program(fx.GraphModule):
+    """A model graph that passes rewrite.
+
+    Weights are values: a ``get_attr`` node with the parameter's original name feeds the operator. Parameters and buffers
+    are the source model's own objects under their own names. ``train()``, ``eval()``, ``to()``, ``state_dict()`` and
+    ``deepcopy`` work; a call takes the source's arguments and returns the source's output class.
+
+    Attributes:
+        name: Name of the source model's class, in snake case.
+        interface: Inputs and outputs.
+        source: Where it came from.
+        properties: What holds of the graph.
+        history: Texts of the passes that ran, in order.
+        observing: Whether observers look at the data; follows ``train()`` and ``eval()``.
+        config: The source model's config, where it has one.
+    """
+
+    name: str
+    interface: Interface
+    source: Source
+    properties: Property
+    history: tuple[str, ...]
+    observing: bool
+
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        *,
+        name: str,
+        interface: Interface,
+        source: Source,
+        properties: Property = Property.FUNCTIONAL,
+        history: tuple[str, ...] = (),
+        config: object | None = None,
+    ) -> None:
+        self.__dict__["interface"] = interface
+        self.__dict__["_compiled"] = {}
+        super().__init__(nn.Module(), fx.Graph())
+        _adopt(self, root)
+        self.name = name
+        self.source = source
+        self.properties = properties
+        self.history = history
+        self.training = root.training
+        self.observing = root.training
+        if config is not None:
+            self.config = config
+        self.graph = graph
+        self.register_state_dict_post_hook(_unshare)
+
+    # -- calling ------------------------------------------------------------------------------------------------------
+
+    def recompile(self) -> None:  # type: ignore[override]
+        """Drop compiled code after the graph changed; it is made anew at the next call."""
+        type(self).forward = named_forward(Program.call, self.interface)  # type: ignore[method-assign,assignment]
+        self.__dict__["_compiled"] = {}
+
+    def call(self, *args: object, **kwargs: object) -> Any:
+        """Run the graph as ``forward`` does: bind the arguments, run, and build the source's output object.
+
+        Returns:
+            The source's output. Entries that need an input that was left out are None.
+
+        Raises:
+            TraceError: An unknown argument, one that does not fit, or one that every output needs is missing.
+        """
+        tensors = self.interface.bind(args, kwargs)
+        missing = frozenset(self.interface.names).difference(tensors)
+        function = self._compiled.get(missing) or self._compile(missing)
+        return pytree.tree_unflatten(list(function(self, *tensors.values())), self.interface.output)
+
+    def _compile(self, missing: frozenset[str]) -> Callable[..., tuple[object, ...]]:
+        graph = prune_inputs(self, missing) if missing else self._graph
+        code = graph.python_code(root_module="self")
+        scope = dict(code.globals)
+        exec(compile(code.src, f"<graphprune {self.name}>", "exec"), scope)
+        self._compiled[missing] = scope["forward"]
+        return self._compiled[missing]
+
+    # -- modes, copies ------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Program:
+        """Set training mode; observers follow it."""
+        super().train(mode)
+        self.observing = mode
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        root = _Holder()
+        root.training = self.training
+        for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            root.__dict__[kind] = copy.deepcopy(self.__dict__[kind], memo)
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self._graph, {}))
+        _copy_output_meta(self._graph, graph)
+        clone = Program(
+            root,
+            graph,
+            name=self.name,
+            interface=self.interface,
+            source=self.source,
+            properties=self.properties,
+            history=self.history,
+            config=copy.deepcopy(getattr(self, "config", None), memo),
+        )
+        clone.observing = self.observing
+        memo[id(self)] = clone
+        return clone
+
+    # -- looking at the graph -----------------------------------------------------------------------------------------
+
+    def calls(self, *targets: object) -> Iterator[fx.Node]:
+        """Nodes that call one of the given operators, in graph order; safe while nodes are erased."""
+        for node in list(self._graph.nodes):
+            if node.op == "call_function" and node.target in targets:
+                yield node
+
+    def attribute(self, name: str) -> fx.Node | None:
+        """The ``get_attr`` node of a parameter or buffer, if the graph has one."""
+        return next((node for node in self._graph.find_nodes(op="get_attr", target=name)), None)
+
+    def tensor(self, name: str) -> Tensor:
+        """The parameter or buffer of a dotted name."""
+        owner, _, leaf = name.rpartition(".")
+        value = getattr(self.get_submodule(owner), leaf)
+        assert isinstance(value, Tensor)
+        return value
+
+    def add_buffer(self, name: str, value: Tensor) -> None:
+        """Register a buffer under a dotted name, beside the weight that it belongs to."""
+        owner, _, leaf = name.rpartition(".")
+        self.get_submodule(owner).register_buffer(leaf, value)
+
+    def remove_buffer(self, name: str) -> None:
+        """Delete a buffer by its dotted name."""
+        owner, _, leaf = name.rpartition(".")
+        delattr(self.get_submodule(owner), leaf)
+
+    @property
+    def output(self) -> fx.Node:
+        """The one output node."""
+        return self._graph.output_node()
+
+    def annotation(self, node: fx.Node, kind: type[Any]) -> Any | None:
+        """The decision of a type that some pass recorded on a node, if any."""
+        return node.meta.get(META, {}).get(kind.__name__)
+
+    def annotate(self, node: fx.Node, decision: object) -> None:
+        """Record a decision (a frozen dataclass) on a node, in place of an earlier one of its type."""
+        node.meta[META] = {**node.meta.get(META, {}), type(decision).__name__: decision}
+
+    def forget(self, node: fx.Node, kind: type[Any]) -> None:
+        """Drop a decision from a node."""
+        node.meta[META] = {key: value for key, value in node.meta.get(META, {}).items() if key != kind.__name__}
+
+    def drop_inputs(self, names: frozenset[str]) -> None:
+        """Cut inputs, and all outputs that need them, out of the graph for good."""
+        self.graph = prune_inputs(self, names)
+        self.interface = self.interface.without(names)
+        self.recompile()
+
+    def __str__(self) -> str:
+        """The text form of the graph; see ``graphprune.ir.printer``."""
+        from graphprune.ir.printer import print_program
+
+        return print_program(self)
+
+    def __repr__(self) -> str:
+        nodes = len(self._graph.nodes)
+        return f"Program({self.name}: {nodes} nodes, inputs {', '.join(self.interface.names)}; {self.properties})"
+
+
+class _Holder(nn.Module):
+    """An empty module; a tree of them carries parameters under their original names."""
+
+
+def holder_tree(source: nn.Module) -> nn.Module:
+    """Copy a module's tree of names without its code.
+
+    Returns:
+        Nested empty modules with the very parameter and buffer objects of ``source`` under the same names.
+    """
+    root = _Holder()
+    root.training = source.training
+    for name, parameter in source._parameters.items():
+        root.register_parameter(name, parameter)
+    for name, buffer in source._buffers.items():
+        root.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
+    for name, child in source._modules.items():
+        if child is not None:
+            root.add_module(name, holder_tree(child))
+    return root
+
+
+def prune_inputs(program: Program, missing: frozenset[str]) -> fx.Graph:
+    """The graph without some inputs; outputs that depend on them become None.
+
+    Raises:
+        TraceError: Every output depends on one of the inputs; names it.
+    """
+    tainted: dict[str, set[fx.Node]] = {name: set() for name in missing}
+    for node in program.graph.nodes:
+        for name, nodes in tainted.items():
+            if node.op == "placeholder" and node.target == name:
+                nodes.add(node)
+            elif any(user in nodes for user in node.all_input_nodes):
+                nodes.add(node)
+    leaves = [leaf for leaf in program.output.args[0] if isinstance(leaf, fx.Node)]  # type: ignore[union-attr]
+    for name, nodes in tainted.items():
+        if leaves and all(leaf in nodes for leaf in leaves):
+            raise TraceError(
+                f"input {name!r} is missing and every output needs it; "
+                f"this Program takes {', '.join(program.interface.names)}"
+            )
+    gone = set().union(*tainted.values())
+    if leaves and all(leaf in gone for leaf in leaves):
+        raise TraceError(f"inputs {', '.join(sorted(missing))} are missing and every output needs one of them")
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node not in gone and node.op != "output":
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    kept = [
+        (None if leaf in gone else copied[leaf]) if isinstance(leaf, fx.Node) else leaf
+        for leaf in program.output.args[0]  # type: ignore[union-attr]
+    ]
+    graph.output(tuple(kept))
+    _copy_output_meta(program.graph, graph)
+    graph.eliminate_dead_code()
+    return graph
+
+
+def _copy_output_meta(source: fx.Graph, target: fx.Graph) -> None:
+    target.output_node().meta.update(source.output_node().meta)
+
+
+def _adopt(program: Program, root: nn.Module) -> None:
+    for name, parameter in root._parameters.items():
+        program.register_parameter(name, parameter)
+    for name, buffer in root._buffers.items():
+        program.register_buffer(name, buffer, persistent=name not in root._non_persistent_buffers_set)
+    for name, child in root._modules.items():
+        program.add_module(name, child)
+
+
+def _unshare(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Mapping[str, object]) -> None:
+    """Give tied entries of a state_dict storage of their own, so that safetensors writes it."""
+    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or not name.startswith(prefix) or value.is_meta:
+            continue
+        key = (value.data_ptr(), value.numel(), tuple(value.stride()))
+        if value.numel() and key in seen:
+            state[name] = value.clone()
+        seen.add(key)
+
+
+def snake_case(name: str) -> str:
+    """``BertForQuestionAnswering`` to ``bert_for_question_answering``."""
+    return "".join(
+        ("_" if index and letter.isupper() and not name[index - 1].isupper() else "") + letter.lower()
+        for index, letter in enumerate(name)
+    )
+
+
+def source_signature(model: nn.Module) -> tuple[str, ...]:
+    """Argument names of a module's ``forward``, without ``self`` and without ``**kwargs``."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(name for name, item in inspect.signature(model.forward).parameters.items() if item.kind in kinds)
+
+
+def device_of(program: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer; the CPU where there is none."""
+    first = next(iter(program.parameters()), None)
+    first = first if first is not None else next(iter(program.buffers()), None)
+    return first.device if first is not None else torch.device("cpu")

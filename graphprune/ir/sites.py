@@ -1,0 +1,219 @@
+"""Sites: the weights of a Program that can be pruned, and the reasons why others cannot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.ir import ops
+from graphprune.ir.program import Program
+from graphprune.sparsity.layout import Layout, logical_shape
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Operator:
+    """How an operator uses a weight.
+
+    Attributes:
+        name: Name shown to users.
+        weight: Position of the weight among the arguments.
+        layout: How the weight is stored.
+        groups: Position of the number of groups, for convolutions.
+    """
+
+    name: str
+    weight: int
+    layout: Layout
+    groups: int | None = None
+
+
+OPERATORS = {
+    aten.linear.default: Operator("linear", 1, Layout.OUT_IN),
+    aten.addmm.default: Operator("addmm", 2, Layout.IN_OUT),
+    aten.mm.default: Operator("mm", 1, Layout.IN_OUT),
+    aten.matmul.default: Operator("matmul", 1, Layout.IN_OUT),
+    aten.conv1d.default: Operator("conv1d", 1, Layout.CONV, groups=6),
+    aten.conv2d.default: Operator("conv2d", 1, Layout.CONV, groups=6),
+    aten.conv3d.default: Operator("conv3d", 1, Layout.CONV, groups=6),
+    aten.conv1d.padding: Operator("conv1d", 1, Layout.CONV, groups=6),
+    aten.conv2d.padding: Operator("conv2d", 1, Layout.CONV, groups=6),
+    aten.conv3d.padding: Operator("conv3d", 1, Layout.CONV, groups=6),
+}
+"""Operators whose weight is a site."""
+
+_REASONS = {
+    "embedding": "embedding: rows are looked up, not multiplied",
+    "conv_transpose1d": "transposed convolution: its weight is laid out [in, out/groups, ...] and no pattern is defined for it",
+    "conv_transpose2d": "transposed convolution: its weight is laid out [in, out/groups, ...] and no pattern is defined for it",
+    "conv_transpose3d": "transposed convolution: its weight is laid out [in, out/groups, ...] and no pattern is defined for it",
+    "lstm": "recurrent layer: one operator holds all its weights",
+    "gru": "recurrent layer: one operator holds all its weights",
+    "bilinear": "bilinear layer: its weight has three dimensions",
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One prunable weight.
+
+    Attributes:
+        name: The parameter's dotted name.
+        op: Operator that uses it, such as ``linear``.
+        layout: How it is stored.
+        stored_shape: Its shape.
+        shape: Logical shape ``(out, in * kernel)``; patterns apply to it.
+        groups: Groups of a convolution, else 1.
+        uses: Names of all nodes that use it (tied or shared weights have several).
+        macs: Multiply-accumulates of one example of the traced size, over all uses.
+    """
+
+    name: str
+    op: str
+    layout: Layout
+    stored_shape: tuple[int, ...]
+    shape: tuple[int, int]
+    groups: int
+    uses: tuple[str, ...]
+    macs: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return math.prod(self.stored_shape)
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the module that owns the weight."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A weight that is left out, and why."""
+
+    name: str
+    reason: str
+
+
+def find_sites(program: Program) -> tuple[tuple[Site, ...], tuple[Excluded, ...]]:
+    """Find all weights that linear, matrix and convolution operators use.
+
+    Returns:
+        Sites in the order of the graph, and every other parameter of two or more dimensions with the reason why it is
+        none. A weight that several operators use is one site; one that is used in two layouts is excluded.
+    """
+    sites: dict[str, Site] = {}
+    excluded: list[Excluded] = []
+    parameters = dict(program.named_parameters())
+    aliases = _aliases(program)
+    for node in program.graph.nodes:
+        if node.op != "get_attr" or node.target not in aliases or aliases[node.target] in sites:
+            continue
+        name = aliases[node.target]
+        weight = parameters[name]
+        if weight.dim() < 2 or name in {item.name for item in excluded}:
+            continue
+        site, reason = _site(program, name, weight)
+        if site is not None:
+            sites[name] = site
+        else:
+            excluded.append(Excluded(name, reason))
+    order = {node.name: index for index, node in enumerate(program.graph.nodes)}
+    ordered = sorted(sites.values(), key=lambda site: order[site.uses[0]])
+    return tuple(ordered), tuple(excluded)
+
+
+def _aliases(program: Program) -> dict[str, str]:
+    """Every parameter name, tied ones included, to the first name of the same parameter."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(value), name) for name, value in program.named_parameters(remove_duplicate=False)
+    }
+
+
+def _site(program: Program, name: str, weight: Tensor) -> tuple[Site | None, str]:
+    aliases = _aliases(program)
+    nodes = [
+        node for node in program.graph.nodes if node.op == "get_attr" and aliases.get(node.target) == name
+    ]
+    found: list[tuple[Operator, fx.Node]] = []
+    others: list[str] = []
+    for node in nodes:
+        for user, value in users_of_value(node):
+            operator = OPERATORS.get(user.target)
+            if operator is not None and user.args[operator.weight] is value and weight.dim() == _rank(operator):
+                found.append((operator, user))
+            else:
+                others.append(_operator_name(user))
+    if not found:
+        kind = others[0] if others else ""
+        return None, _REASONS.get(kind, f"used by {kind}, not as the weight of a linear or conv" if kind else "not used")
+    if others:
+        return None, f"also used by {', '.join(sorted(set(others)))}: pruning it would change that too"
+    layouts = {operator.layout for operator, _ in found}
+    if len(layouts) > 1:
+        return None, "used in two layouts, as [out, in] and as [in, out]"
+    operator = found[0][0]
+    groups = 1
+    if operator.groups is not None:
+        arguments = found[0][1].args
+        groups = int(arguments[operator.groups]) if len(arguments) > operator.groups else 1  # type: ignore[arg-type]
+    shape = logical_shape(tuple(weight.shape), operator.layout)
+    macs = sum(_macs(node, shape) for _, node in found) // _batch(program)
+    site = Site(
+        name=name,
+        op=operator.name,
+        layout=operator.layout,
+        stored_shape=tuple(weight.shape),
+        shape=shape,
+        groups=groups,
+        uses=tuple(node.name for _, node in found),
+        macs=macs,
+    )
+    return site, ""
+
+
+def users_of_value(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Operators that use a weight, seen through masks and fake-quantize operators.
+
+    Yields:
+        ``(user, value)``: the operator and the argument of it that stems from the weight.
+    """
+    for user in node.users:
+        if user.target is ops.observe:
+            continue
+        if user.target in (ops.mask, ops.fake_quantize) and user.args[0] is node:
+            yield from users_of_value(user)
+        elif user.op == "call_function" and user.target is not getattr:
+            yield user, node
+
+
+def _rank(operator: Operator) -> int:
+    return 2 + int(operator.name[4]) if operator.name.startswith("conv") else 2
+
+
+def _operator_name(node: fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").split(".")[0]
+
+
+def _macs(node: fx.Node, shape: tuple[int, int]) -> int:
+    value = node.meta.get("val")
+    return math.prod(_hint(size) for size in value.shape) * shape[1] if isinstance(value, Tensor) else 0
+
+
+def _batch(program: Program) -> int:
+    first = next((node for node in program.graph.nodes if node.op == "placeholder"), None)
+    return max(_hint(first.meta["val"].shape[0]), 1) if first is not None and first.meta["val"].dim() else 1
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else 1

@@ -1,0 +1,253 @@
+"""Trace a model into a Program through ``torch.export``, and prove that the Program computes the same."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphprune.errors import TraceError, suggest
+from graphprune.ir.examples import add_labels, add_optional_inputs, default_inputs
+from graphprune.ir.interface import Fill, Input, Interface
+from graphprune.ir.normalize import normalize
+from graphprune.ir.parity import check_parity
+from graphprune.ir.program import Program, Source, holder_tree, snake_case, source_signature
+from graphprune.ir.verifier import verify
+
+_SIZE_NAMES = ("b", "s", "t", "u", "v", "w", "x", "y", "z")
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Mapping[str, object] | tuple[object, ...] | Tensor | None = None,
+    dynamic_shapes: Mapping[str, object] | None = None,
+    *,
+    labels: bool = False,
+    factory: str | None = None,
+    check: bool = True,
+    **constants: object,
+) -> Program:
+    """Trace a model once into a Program.
+
+    Args:
+        model: Any module that ``torch.export`` traces. It keeps its mode and values; the Program shares its parameters.
+        example_inputs: Tensors by argument name, or positional. Default: a Hugging Face model's own ``dummy_inputs``,
+            with the masks and type ids that it takes.
+        dynamic_shapes: As for ``torch.export.export``. Default: dimension 0 of every input is dynamic, and dimension 1 of
+            integer inputs (batch and sequence). ``{}`` fixes every size.
+        labels: Add the labels that ``forward`` takes to the example inputs, so that the Program returns a loss.
+        factory: ``package.module:function`` that builds the model, so that a saved Program of a model without a Hugging
+            Face config can be loaded.
+        check: Compare the Program with the model, in eval mode and in train mode without dropout.
+        **constants: Arguments of ``forward`` that are no tensors, such as ``output_hidden_states=True``.
+
+    Returns:
+        The Program, in the model's mode.
+
+    Raises:
+        TraceError: The model cannot be traced (the message names its line), or the Program computes something else.
+    """
+    was_training = model.training
+    signature = source_signature(model)
+    unknown = [name for name in constants if name not in signature]
+    if unknown and not _takes_any_keyword(model):
+        raise TraceError(f"{type(model).__name__}.forward takes no argument {unknown[0]!r}{suggest(unknown[0], signature)}")
+    model.eval()
+    try:
+        inputs, fills = _example(model, example_inputs, labels, constants)
+        if "use_cache" in signature:
+            constants.setdefault("use_cache", False)  # a cache object is no tensor; torch.export refuses it
+        model.train()
+        with _buffers_restored(model), _quiet():
+            exported = _export(model, inputs, constants, dynamic_shapes)
+        program = _build(model, exported, inputs, fills, constants, factory, labels, dynamic_shapes)
+        verify(program)
+        if check and not any(value.is_meta for value in (*inputs.values(), *model.parameters())):
+            check_parity(model, program, {**inputs, **constants})
+    finally:
+        model.train(was_training)
+    program.train(was_training)
+    return program
+
+
+def _takes_any_keyword(model: nn.Module) -> bool:
+    import inspect
+
+    kinds = [item.kind for item in inspect.signature(model.forward).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _example(
+    model: nn.Module,
+    example_inputs: Mapping[str, object] | tuple[object, ...] | Tensor | None,
+    labels: bool,
+    constants: dict[str, object],
+) -> tuple[dict[str, Tensor], dict[str, Fill]]:
+    """Example tensors by name, each its own object (export takes one tensor given twice for one input)."""
+    fills: dict[str, Fill] = {}
+    if example_inputs is None:
+        inputs = default_inputs(model)
+        fills = add_optional_inputs(model, inputs)
+    else:
+        if isinstance(example_inputs, Tensor):
+            example_inputs = (example_inputs,)
+        if not isinstance(example_inputs, Mapping):
+            example_inputs = dict(zip(source_signature(model), example_inputs, strict=False))
+        inputs = {}
+        for name, value in example_inputs.items():
+            if isinstance(value, Tensor):
+                inputs[name] = value
+            elif isinstance(value, (tuple, list, dict)):
+                raise TraceError(f"input {name!r} is a {type(value).__name__}; give each tensor an argument of its own")
+            elif value is not None:
+                constants.setdefault(name, value)
+    if labels and not any("label" in name or name.endswith("_positions") for name in inputs):
+        add_labels(model, inputs)
+    order = {name: index for index, name in enumerate(source_signature(model))}
+    ordered = sorted(inputs, key=lambda name: ("label" in name or name.endswith("_positions"), order.get(name, 99)))
+    return {name: inputs[name].clone() for name in ordered}, fills
+
+
+def _export(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    constants: Mapping[str, object],
+    dynamic_shapes: Mapping[str, object] | None,
+) -> torch.export.ExportedProgram:
+    shapes: dict[str, object] = {name: None for name in constants}
+    for name, value in inputs.items():
+        if dynamic_shapes is not None:
+            shapes[name] = dynamic_shapes.get(name)
+        else:
+            last = 2 if not value.is_floating_point() else 1
+            shapes[name] = {dim: torch.export.Dim.AUTO for dim in range(min(last, value.dim()))}
+    try:
+        return torch.export.export(model, (), {**inputs, **constants}, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # export raises whatever the model's code or its own stages raise
+        raise TraceError(_explain(model, error)) from error
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    torch_home = str(Path(torch.__file__).parent)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(torch_home) and "graphprune" not in Path(frame.filename).parts[-3:-1]
+    ]
+    where = ""
+    if frames:
+        where = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}"
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return (
+        f"{type(model).__name__} cannot be traced{where}. {type(error).__name__}: {first_line}. "
+        f"A trace has no control flow that depends on tensor values and takes tensors as inputs: rewrite that line with "
+        f"tensor operators (torch.where, torch.cond), or pass example_inputs, dynamic_shapes or constants that avoid it"
+    )
+
+
+def _build(
+    model: nn.Module,
+    exported: torch.export.ExportedProgram,
+    inputs: Mapping[str, Tensor],
+    fills: Mapping[str, Fill],
+    constants: Mapping[str, object],
+    factory: str | None,
+    labels: bool,
+    dynamic_shapes: Mapping[str, object] | None,
+) -> Program:
+    module: Any = exported.module()
+    spec = exported.call_spec.out_spec
+    dtype = next((item.dtype for item in model.parameters() if item.is_floating_point()), torch.float32)
+    graph = normalize(module, inputs, constants, dtype)
+    root = holder_tree(model)
+    _keep_constants(module, root, graph)
+    placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
+    names = _name_sizes(list(placeholders.values()))
+    interface = Interface(
+        parameters=tuple(dict.fromkeys((*source_signature(model), *inputs))),
+        inputs=tuple(
+            Input(name, value.dtype, _shape(placeholders[name], names), fills.get(name)) for name, value in inputs.items()
+        ),
+        constants=dict(constants),
+        output=spec,
+    )
+    options: dict[str, object] = {
+        "inputs": {name: {"shape": list(value.shape), "dtype": str(value.dtype)[6:]} for name, value in inputs.items()},
+        "fills": {name: [fill.like, fill.value] for name, fill in fills.items()},
+        "constants": dict(constants),
+        "labels": labels,
+        "static": dynamic_shapes is not None and not dynamic_shapes,
+    }
+    kind = type(model)
+    return Program(
+        root,
+        graph,
+        name=snake_case(kind.__name__),
+        interface=interface,
+        source=Source(f"{kind.__module__}:{kind.__qualname__}", factory, options),
+        config=getattr(model, "config", None),
+    )
+
+
+def _keep_constants(module: fx.GraphModule, root: nn.Module, graph: fx.Graph) -> None:
+    """Register tensors that tracing lifted out of the code as buffers that are not saved, so that they move with ``to``."""
+    for node in graph.nodes:
+        if node.op != "get_attr" or node.target == "training":
+            continue
+        owner, _, leaf = node.target.rpartition(".")
+        try:
+            holder = root.get_submodule(owner)
+        except AttributeError:
+            raise TraceError(f"the trace refers to {node.target}, which the model does not have") from None
+        if not hasattr(holder, leaf):
+            value = getattr(module.get_submodule(owner), leaf)
+            if not isinstance(value, Tensor):
+                raise TraceError(
+                    f"the trace holds {node.target}, a nested graph; the model uses control flow that graphprune cannot flatten"
+                )
+            holder.register_buffer(leaf, value.detach().clone(), persistent=False)
+
+
+def _name_sizes(placeholders: list[fx.Node]) -> dict[str, str]:
+    """Letters for dynamic sizes, in order of first appearance: b for the batch, s for the sequence, ..."""
+    names: dict[str, str] = {}
+    for node in placeholders:
+        for size in node.meta["val"].shape:
+            if not isinstance(size, int) and str(size) not in names:
+                names[str(size)] = _SIZE_NAMES[len(names)] if len(names) < len(_SIZE_NAMES) else f"d{len(names)}"
+    return names
+
+
+def _shape(node: fx.Node, names: Mapping[str, str]) -> tuple[int | str, ...]:
+    return tuple(size if isinstance(size, int) else names[str(size)] for size in node.meta["val"].shape)
+
+
+@contextmanager
+def _buffers_restored(model: nn.Module) -> Iterator[None]:
+    saved = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(saved[name])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence export's notes about shapes; what matters of them reaches the caller as an error."""
+    loggers = [logging.getLogger("torch.export"), logging.getLogger("torch._export")]
+    levels = [item.level for item in loggers]
+    for item in loggers:
+        item.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for item, level in zip(loggers, levels, strict=True):
+            item.setLevel(level)

@@ -1,0 +1,137 @@
+"""Check that a Program keeps its rules: those of every graph, and those of each property that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.errors import VerifyError
+from graphprune.ir import ops
+from graphprune.ir.printer import print_program
+from graphprune.ir.program import Program
+from graphprune.ir.properties import Property
+
+_FLAGS = ("training", "observing")
+
+
+def verify(program: Program) -> None:
+    """Check a Program; every pass is followed by this.
+
+    Raises:
+        VerifyError: A rule is broken. The message names property, node and rule and shows the lines around it.
+    """
+    _check_graph(program)
+    for flag, check in _CHECKS.items():
+        if flag in program.properties:
+            check(program)
+
+
+def _fail(program: Program, rule: Property | str, node: fx.Node | None, message: str) -> VerifyError:
+    name = "graph" if isinstance(rule, str) else str(rule)
+    where = f" at {node.target if node.op == 'get_attr' else node.name}" if node is not None else ""
+    return VerifyError(f"{name}{where}: {message}{_context(program, node)}")
+
+
+def _context(program: Program, node: fx.Node | None) -> str:
+    """The lines of IR around a node, where the Program still prints."""
+    if node is None:
+        return ""
+    try:
+        lines = print_program(program).splitlines()
+    except (AttributeError, KeyError, ValueError, TypeError):
+        return ""
+    body = [item for item in program.graph.nodes if item.op != "placeholder"]
+    index = body.index(node) + 1 if node in body else 0
+    return "\n" + "\n".join(("> " if row == index else "  ") + lines[row] for row in _around(index, len(lines)))
+
+
+def _around(index: int, count: int) -> range:
+    return range(max(0, index - 3), min(count, index + 4))
+
+
+def _check_graph(program: Program) -> None:
+    seen: set[fx.Node] = set()
+    names: set[str] = set()
+    outputs = 0
+    for node in program.graph.nodes:
+        if node.name in names:
+            raise _fail(program, "graph", node, "two nodes have this name")
+        names.add(node.name)
+        for used in node.all_input_nodes:
+            if used not in seen:
+                raise _fail(program, "graph", node, f"uses {used.name} before it is computed")
+        if node.op == "get_attr" and node.target not in _FLAGS:
+            _check_attribute(program, node)
+        if node.target in ops.OURS and node.target is not ops.observe and not node.users:
+            raise _fail(program, "graph", node, f"the result of {node.target} is not used")
+        outputs += node.op == "output"
+        seen.add(node)
+    if outputs != 1:
+        raise _fail(program, "graph", None, f"a graph has one output, this one has {outputs}")
+    placeholders = tuple(node.target for node in program.graph.nodes if node.op == "placeholder")
+    if placeholders != program.interface.names:
+        raise _fail(program, "graph", None, f"inputs {placeholders} differ from the interface {program.interface.names}")
+
+
+def _check_attribute(program: Program, node: fx.Node) -> None:
+    try:
+        value = program.tensor(str(node.target))
+    except AttributeError:
+        raise _fail(program, "graph", node, "no parameter or buffer has this name") from None
+    if not isinstance(value, Tensor):
+        raise _fail(program, "graph", node, "is no tensor")
+
+
+def _buffer(program: Program, flag: Property, node: fx.Node, argument: object, role: str) -> Tensor:
+    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+        raise _fail(program, flag, node, f"its {role} must be a buffer of the Program")
+    return program.tensor(str(argument.target))
+
+
+def _check_masked(program: Program) -> None:
+    owners: dict[str, str] = {}
+    for node in program.calls(ops.mask):
+        mask = _buffer(program, Property.MASKED, node, node.args[1], "mask")
+        weight = node.args[0]
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            raise _fail(program, Property.MASKED, node, "its first argument must be a weight")
+        if mask.dtype != torch.bool:
+            raise _fail(program, Property.MASKED, node, f"the mask is {mask.dtype}, not bool")
+        if mask.shape != program.tensor(str(weight.target)).shape:
+            raise _fail(program, Property.MASKED, node, "mask and weight differ in shape")
+        name = str(node.args[1].target)  # type: ignore[union-attr]
+        if owners.setdefault(str(weight.target), name) != name or list(owners.values()).count(name) > 1:
+            raise _fail(program, Property.MASKED, node, "a weight has one mask and a mask has one weight")
+
+
+def _check_fake_quant(program: Program) -> None:
+    for node in program.calls(ops.fake_quantize):
+        scale = _buffer(program, Property.FAKE_QUANT, node, node.args[1], "scale")
+        zero_point = _buffer(program, Property.FAKE_QUANT, node, node.args[2], "zero-point")
+        low, high, axis = node.args[3], node.args[4], node.args[5] if len(node.args) > 5 else -1
+        if scale.is_meta:
+            continue
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise _fail(program, Property.FAKE_QUANT, node, "scale must be finite and positive")
+        if not bool(((zero_point >= low) & (zero_point <= high)).all()):  # type: ignore[operator]
+            raise _fail(program, Property.FAKE_QUANT, node, f"zero-point must lie in [{low}, {high}]")
+        if scale.shape != zero_point.shape:
+            raise _fail(program, Property.FAKE_QUANT, node, "scale and zero-point differ in shape")
+        value = node.args[0].meta.get("val")  # type: ignore[union-attr]
+        wanted = () if axis == -1 or value is None else (value.shape[axis],)  # type: ignore[index]
+        if value is not None and tuple(scale.shape) != wanted:
+            raise _fail(program, Property.FAKE_QUANT, node, f"scale has shape {tuple(scale.shape)}, the channels {wanted}")
+
+
+def _check_frozen(program: Program) -> None:
+    for node in program.calls(ops.observe):
+        raise _fail(program, Property.FROZEN, node, "a frozen graph has no observers")
+
+
+_CHECKS: dict[Property, Callable[[Program], None]] = {
+    Property.MASKED: _check_masked,
+    Property.FAKE_QUANT: _check_fake_quant,
+    Property.FROZEN: _check_frozen,
+}

@@ -1,0 +1,1 @@
+"""Passes in order: what a pass and a target are, how they are found, written down and run."""

@@ -1,0 +1,72 @@
+"""What a pass is, and what it returns."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+from graphprune.ir.program import Program
+from graphprune.ir.properties import Property
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a pass matched, and what it left out and why, by name."""
+
+    matched: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did.
+
+    Attributes:
+        program: The Program it was given, rewritten.
+        changed: Whether anything in it differs now.
+        stats: Counts and measures by name, for people.
+        coverage: What matched and what did not.
+    """
+
+    program: Program
+    changed: bool
+    stats: Mapping[str, int | float] = field(default_factory=dict)
+    coverage: Coverage = field(default_factory=Coverage)
+
+
+@dataclass(frozen=True)
+class Pass(abc.ABC):
+    """A named step from Program to Program. Its fields are its options.
+
+    Attributes:
+        name: Verb-noun, with hyphens; how recipes call it.
+        requires: Properties that must hold before it runs.
+        establishes: Properties that hold after it.
+        destroys: Properties that no longer hold after it.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[Property] = Property.NONE
+    establishes: ClassVar[Property] = Property.NONE
+    destroys: ClassVar[Property] = Property.NONE
+
+    @abc.abstractmethod
+    def run(self, program: Program) -> PassResult:
+        """Rewrite ``program`` in place and say what was done.
+
+        Raises:
+            GraphPruneError: The pass cannot do what its options ask for.
+        """
+
+    def options(self) -> dict[str, object]:
+        """Options that differ from their defaults, by name."""
+        return {
+            item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) != item.default
+        }
+
+    def __str__(self) -> str:
+        from graphprune.pipeline.text import format_pass
+
+        return format_pass(self.name, self.options())

@@ -1,0 +1,173 @@
+"""Allocation: how a sparsity is shared among sites, as an exact choice of units."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from graphprune.errors import SparsityError
+from graphprune.sparsity.selection import Units, cut, histogram, make_units, sum_histograms
+
+_SLACK = 1e-3
+"""Slack of a bound in weights: far below one weight, far above the rounding of fraction times weights."""
+
+
+class Scope(enum.Enum):
+    """``GLOBAL`` ranks the units of all sites together; ``LOCAL`` gives every site the same sparsity."""
+
+    GLOBAL = "global"
+    LOCAL = "local"
+
+
+@dataclass(frozen=True, eq=False)
+class _Bounds:
+    """Weights that may (cap) and must (floor) be pruned at one site."""
+
+    cap: float
+    floor: float
+
+
+def allocate(
+    unit_scores: Sequence[Tensor],
+    unit_sizes: Sequence[int | Tensor],
+    weights: Sequence[int],
+    sparsity: float,
+    *,
+    scope: Scope = Scope.GLOBAL,
+    max_sparsity: float | Sequence[float] = 0.98,
+    min_sparsity: float = 0.0,
+    names: Sequence[str] = (),
+) -> list[Tensor]:
+    """Choose the units to prune, so that the sparsity over all weights is the asked one to the nearest unit.
+
+    Takes time linear in the number of units and a few MB of memory beside the result.
+
+    Args:
+        unit_scores: For each site its ``Pattern.unit_scores``; any shapes, compared as float32.
+        unit_sizes: For each site its ``Pattern.unit_sizes``.
+        weights: For each site the number of its weights, >= the sum of its unit sizes.
+        sparsity: Wanted fraction of zeros in [0, 1], over all weights (global) or at every site (local).
+        scope: Whether sites compete.
+        max_sparsity: Most that a site may get, in [0, 1], one for all or one each; rounded down to whole
+            units. What a capped site cannot take, the other sites take.
+        min_sparsity: Least that a site must get, in [0, 1]; rounded down to whole units. While ``sparsity``
+            is lower (early in a schedule), ``sparsity`` takes its place.
+        names: Site names for messages.
+
+    Returns:
+        Bool tensors, shapes of ``unit_scores``, True = prune. Deterministic: of equal scores the lowest
+        (site, flattened index) are kept. Only where caps, rounded down to units, forbid it is the sparsity
+        lower than the nearest unit.
+
+    Raises:
+        SparsityError: A score is NaN (the message names the site); an argument is out of range or of the
+            wrong length; or the caps make ``sparsity`` unreachable (the message says what is reachable).
+    """
+    count = len(unit_scores)
+    labels = tuple(names) or tuple(f"site {index}" for index in range(count))
+    limits = (
+        [float(max_sparsity)] * count
+        if isinstance(max_sparsity, (int, float))
+        else [float(part) for part in max_sparsity]
+    )
+    if not len(unit_sizes) == len(weights) == len(labels) == len(limits) == count:
+        raise SparsityError(
+            f"allocation over {count} sites got {len(unit_sizes)} sizes, {len(weights)} weights, "
+            f"{len(limits)} caps and {len(labels)} names; give one each"
+        )
+    _check_fractions(sparsity, min_sparsity, limits, labels)
+    sites = [make_units(*site) for site in zip(labels, unit_scores, unit_sizes, strict=True)]
+    bounds = [
+        _Bounds(
+            cap=min(limit * size, float(site.total)) + _SLACK,
+            floor=min(min_sparsity, sparsity) * size + _SLACK,
+        )
+        for site, limit, size in zip(sites, limits, weights, strict=True)
+    ]
+    if scope is Scope.LOCAL:
+        chosen = [_share_alone(*entry, sparsity) for entry in zip(sites, bounds, weights, strict=True)]
+    else:
+        chosen = _share_global(sites, bounds, sum(weights), sparsity)
+    return [mask.view(scores.shape) for mask, scores in zip(chosen, unit_scores, strict=True)]
+
+
+def _check_fractions(sparsity: float, least: float, limits: Sequence[float], labels: Sequence[str]) -> None:
+    for name, value in (("sparsity", sparsity), ("min_sparsity", least)):
+        if not 0.0 <= value <= 1.0:
+            raise SparsityError(f"{name}={value} is not in [0, 1]; write a fraction and not percent")
+    for label, limit in zip(labels, limits, strict=True):
+        if not 0.0 <= limit <= 1.0:
+            raise SparsityError(
+                f"{label}: max_sparsity={limit} is not in [0, 1]; write a fraction and not percent"
+            )
+        if least > limit:
+            raise SparsityError(
+                f"{label}: min_sparsity={least} is above max_sparsity={limit}; change one of them"
+            )
+
+
+def _share_alone(site: Units, bound: _Bounds, weights: int, sparsity: float) -> Tensor:
+    if sparsity * weights > bound.cap:
+        raise SparsityError(
+            f"{site.name}: sparsity {sparsity:.6g} is out of reach: "
+            f"at most {(bound.cap - _SLACK) / max(1, weights):.6g} can be "
+            "reached here; lower the target, raise max_sparsity, or choose another pattern"
+        )
+    counts = histogram(site)
+    (mask,) = cut([site], counts, sparsity * weights)
+    if site.size_of(mask) > bound.cap:
+        (mask,) = cut([site], counts, bound.cap, exceed=False)
+    return mask
+
+
+def _share_global(
+    sites: Sequence[Units], bounds: Sequence[_Bounds], weights: int, sparsity: float
+) -> list[Tensor]:
+    """Cut all sites at one threshold, fix the sites that this takes out of bounds, and cut the others again.
+
+    Of too full and too empty sites, those of the larger total violation are fixed first: they stay out of
+    bounds whatever becomes of the others, so the fixed point does not depend on the order of the sites.
+    """
+    reachable = sum(bound.cap - _SLACK for bound in bounds)
+    goal = sparsity * weights
+    if goal > reachable + _SLACK:
+        raise SparsityError(
+            f"sparsity {sparsity:.6g} over {len(sites)} sites is out of reach: "
+            f"at most {reachable / max(1, weights):.6g} can be reached; "
+            "lower the target, raise max_sparsity, or choose other patterns"
+        )
+    counts = sum_histograms(histogram(site) for site in sites)
+    fixed: dict[int, Tensor] = {}
+    while True:
+        free = [index for index in range(len(sites)) if index not in fixed]
+        cuts = dict(zip(free, cut([sites[index] for index in free], counts, goal), strict=True))
+        moved = _out_of_bounds(sites, bounds, cuts)
+        if not moved:
+            return [fixed[index] if index in fixed else cuts[index] for index in range(len(sites))]
+        for index, mask in moved.items():
+            fixed[index] = mask
+            goal -= sites[index].size_of(mask)
+            counts -= histogram(sites[index])
+
+
+def _out_of_bounds(
+    sites: Sequence[Units], bounds: Sequence[_Bounds], cuts: dict[int, Tensor]
+) -> dict[int, Tensor]:
+    """Return the masks of the sites to fix at a bound, {} where all are within theirs."""
+    over: dict[int, Tensor] = {}
+    under: dict[int, Tensor] = {}
+    excess = 0
+    for index, mask in cuts.items():
+        site, bound, size = sites[index], bounds[index], sites[index].size_of(mask)
+        if size > bound.cap:
+            (over[index],) = cut([site], histogram(site), bound.cap, exceed=False)
+            excess += size - site.size_of(over[index])
+        elif size + 1 <= bound.floor:
+            (raised,) = cut([site], histogram(site), bound.floor, exceed=False)
+            if site.size_of(raised) > size:
+                under[index] = raised
+                excess -= site.size_of(raised) - size
+    return over if over and excess >= 0 else under or over

@@ -1,0 +1,216 @@
+"""Patterns whose units are rectangles: single weights, blocks, whole outputs or inputs.
+
+A new one is a ``Tiled`` subclass with a ``tile`` method and its text.
+"""
+
+from __future__ import annotations
+
+import abc
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphprune.errors import SparsityError
+from graphprune.sparsity.pattern_base import ALL, Pattern, Region, Shape, check_units, matrix_shape
+
+
+class Tiled(Pattern):
+    """A pattern whose units are equal rectangles, smaller at the right and bottom edges."""
+
+    @abc.abstractmethod
+    def tile(self, shape: Shape) -> Shape:
+        """Return rows and columns of one unit."""
+
+    def grid(self, shape: Shape) -> Shape:
+        """Return the number of units down and across, edges included."""
+        rows, columns = self.tile(shape)
+        return -(-shape[0] // rows), -(-shape[1] // columns)
+
+    def misfit(self, shape: Shape) -> str | None:
+        for size, part, name, unit in zip(
+            shape, self.tile(shape), ("outputs", "inputs"), ("rows", "columns"), strict=True
+        ):
+            if part > size:
+                return f"pattern {self} spans {part} {unit} but the weight has only {size} {name}"
+            if size % part:
+                return f"{size} {name} are not a multiple of the {part} {unit} of pattern {self}"
+        return None
+
+    def score_shape(self, shape: Shape) -> tuple[int, ...]:
+        return self.grid(shape)
+
+    def reduce(self, scores: Tensor) -> Tensor:
+        shape = matrix_shape(scores)
+        return _reduce_tiles(scores, self.tile(shape), _mean).view(self.score_shape(shape))
+
+    def unit_sizes(self, shape: Shape) -> int | Tensor:
+        rows, columns = self.tile(shape)
+        if shape[0] % rows == 0 and shape[1] % columns == 0:
+            return rows * columns
+        heights = torch.full((self.grid(shape)[0],), rows, dtype=torch.int64)
+        widths = torch.full((self.grid(shape)[1],), columns, dtype=torch.int64)
+        heights[-1] = shape[0] - rows * (len(heights) - 1)
+        widths[-1] = shape[1] - columns * (len(widths) - 1)
+        return torch.outer(heights, widths).view(self.score_shape(shape))
+
+    def mask(self, stored: Tensor, prune: Tensor, shape: Shape) -> Tensor:
+        check_units(prune, self.score_shape(shape), self)
+        return _expand_tiles(prune.logical_not().view(self.grid(shape)), self.tile(shape), shape)
+
+    def holds(self, kept: Tensor) -> bool:
+        shape = matrix_shape(kept)
+        rows, columns = self.tile(shape)
+        return torch.equal(_expand_tiles(kept[::rows, ::columns], (rows, columns), shape), kept)
+
+    def pattern_sparsity(self, zero: Tensor) -> float:
+        shape = matrix_shape(zero)
+        pruned = _reduce_tiles(zero, self.tile(shape), _all).view(self.score_shape(shape))
+        sizes = self.unit_sizes(shape)
+        if isinstance(sizes, int):
+            weights = int(pruned.count_nonzero()) * sizes
+        else:
+            weights = int(sizes[pruned.cpu()].sum())
+        return weights / max(1, zero.numel())
+
+    def regions(self, shape: Shape, elements: int) -> Iterator[Region]:
+        tile = self.tile(shape)
+        axis = 1 if tile[0] >= shape[0] else 0
+        step = max(1, elements // max(1, tile[axis] * shape[1 - axis])) * tile[axis]
+        for start in range(0, shape[axis], step):
+            part = slice(start, min(start + step, shape[axis]))
+            stored = slice(start // tile[axis], -(-part.stop // tile[axis]))
+            yield ((part, ALL), (stored, ALL)) if axis == 0 else ((ALL, part), (ALL, stored))
+
+
+@dataclass(frozen=True)
+class Unstructured(Tiled):
+    """Every weight for itself."""
+
+    examples = ("unstructured",)
+
+    @classmethod
+    def from_text(cls, text: str) -> Unstructured | None:
+        return cls() if text in ("unstructured", "1x1") else None
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def tile(self, shape: Shape) -> Shape:
+        return 1, 1
+
+    def reduce(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def pattern_sparsity(self, zero: Tensor) -> float:
+        return int(zero.count_nonzero()) / max(1, zero.numel())
+
+
+@dataclass(frozen=True)
+class Block(Tiled):
+    """Blocks of consecutive outputs (rows) by consecutive inputs (columns); "4x1" is 4 outputs of one input.
+
+    Raises:
+        SparsityError: Rows or columns are not positive, or the block is 1x1 (that is ``Unstructured``).
+    """
+
+    rows: int
+    columns: int
+    examples = ("4x1", "1x4", "32x32")
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.columns) < 1:
+            raise SparsityError(
+                f"a block of {self.rows}x{self.columns} is empty; rows and columns are at least 1"
+            )
+        if self.rows == self.columns == 1:
+            raise SparsityError("a block of 1x1 is no block; use Unstructured()")
+
+    @classmethod
+    def from_text(cls, text: str) -> Block | None:
+        match = re.fullmatch(r"(\d+)x(\d+)", text)
+        return cls(int(match[1]), int(match[2])) if match else None
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+    def tile(self, shape: Shape) -> Shape:
+        return self.rows, self.columns
+
+
+@dataclass(frozen=True)
+class Channel(Tiled):
+    """Whole outputs or inputs: ``axis`` is the logical dimension that loses entries.
+
+    ``Channel(0)`` is "1xchannel": one output row (a neuron, a conv filter). ``Channel(1)`` is "channelx1":
+    one input column (in a conv, one input channel at one kernel position).
+
+    Raises:
+        SparsityError: ``axis`` is neither 0 nor 1.
+    """
+
+    axis: int
+    examples = ("channelx1", "1xchannel")
+
+    def __post_init__(self) -> None:
+        if self.axis not in (0, 1):
+            raise SparsityError(
+                f"axis {self.axis} of a channel pattern is neither 0 (output rows) nor 1 (input columns)"
+            )
+
+    @classmethod
+    def from_text(cls, text: str) -> Channel | None:
+        return {"1xchannel": cls(0), "channelx1": cls(1)}.get(text)
+
+    def __str__(self) -> str:
+        return ("1xchannel", "channelx1")[self.axis]
+
+    def tile(self, shape: Shape) -> Shape:
+        return (1, max(1, shape[1])) if self.axis == 0 else (max(1, shape[0]), 1)
+
+    def score_shape(self, shape: Shape) -> tuple[int, ...]:
+        return (shape[self.axis],)
+
+    def regions(self, shape: Shape, elements: int) -> Iterator[Region]:
+        for part, stored in super().regions(shape, elements):
+            yield part, (part[self.axis] if stored[self.axis] != ALL else ALL,)
+
+
+def _mean(tiles: Tensor) -> Tensor:
+    rows = tiles.mean(1) if tiles.shape[1] > 1 else tiles.squeeze(1)
+    return rows.mean(2) if rows.shape[2] > 1 else rows.squeeze(2)
+
+
+def _all(tiles: Tensor) -> Tensor:
+    return tiles.all(3).all(1)
+
+
+def _reduce_tiles(values: Tensor, tile: Shape, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Reduce every tile of ``[out, in]``, smaller ones at the edges, to an entry of the grid."""
+    (out, width), (rows, columns) = values.shape, tile
+    bands = []
+    for band in (values[: out - out % rows], values[out - out % rows :]):
+        parts = [
+            reduce(_split(part, min(rows, part.shape[0]), min(columns, part.shape[1])))
+            for part in (band[:, : width - width % columns], band[:, width - width % columns :])
+            if part.numel()
+        ]
+        if parts:
+            bands.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+    if not bands:
+        return values.new_empty((-(-out // rows), -(-width // columns)))
+    return bands[0] if len(bands) == 1 else torch.cat(bands)
+
+
+def _split(values: Tensor, rows: int, columns: int) -> Tensor:
+    """View a matrix that divides into tiles as ``[down, rows, across, columns]``."""
+    return values.view(values.shape[0] // rows, rows, values.shape[1] // columns, columns)
+
+
+def _expand_tiles(units: Tensor, tile: Shape, shape: Shape) -> Tensor:
+    """Repeat every entry of a grid over its tile, cut to ``shape``; contiguous."""
+    (down, across), (rows, columns) = units.shape, tile
+    whole = units[:, None, :, None].expand(down, rows, across, columns).reshape(down * rows, across * columns)
+    return whole[: shape[0], : shape[1]].contiguous()

@@ -1,0 +1,112 @@
+"""Fold batch normalization into the convolution before it.
+
+Before: ``batch_norm(conv2d(x, w, b), gamma, beta, mean, var)``.  After: ``conv2d(x, w * gamma / sqrt(var + eps), ...)``; the running
+statistics are used as they are, in train mode too, so this comes after or without training of the normalization.  Equal to
+the eval-mode model up to rounding (1e-5 relative in float32).  Zeros of ``w`` stay zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from graphprune.ir import ops
+from graphprune.ir.program import Program
+from graphprune.ir.sites import OPERATORS
+from graphprune.pipeline.base import Coverage, Pass, PassResult
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FoldConvBn(Pass):
+    """Fold batch normalizations into convolutions."""
+
+    name = "fold-conv-bn"
+
+    def run(self, program: Program) -> PassResult:
+        """Scale convolution weights in place, and remove the normalizations."""
+        folded: list[str] = []
+        left_out: dict[str, str] = {}
+        for node in program.calls(aten.batch_norm.default):
+            convolution = node.args[0]
+            reason = _obstacle(program, node, convolution)
+            if reason:
+                left_out[str(node.args[1].target if isinstance(node.args[1], fx.Node) else node.name)] = reason
+            else:
+                folded.append(_fold(program, node, convolution))
+        _drop_counters(program)
+        if folded:
+            program.graph.eliminate_dead_code()
+            program.recompile()
+        return PassResult(program, bool(folded), {"folded": len(folded)}, Coverage(tuple(folded), left_out))
+
+
+def _weight_of(convolution: fx.Node) -> fx.Node:
+    weight = convolution.args[1]
+    return weight.args[0] if weight.target is ops.mask else weight  # type: ignore[return-value,union-attr]
+
+
+def _obstacle(program: Program, node: fx.Node, convolution: object) -> str | None:
+    if not isinstance(convolution, fx.Node) or not str(convolution.target).startswith("aten.conv"):
+        return "its input is no convolution"
+    if convolution.target not in OPERATORS:
+        return f"its input is {convolution.target}, which is not folded"
+    if len(convolution.users) > 1:
+        return "the convolution's result is used elsewhere too"
+    weight = _weight_of(convolution)
+    if weight.op != "get_attr":
+        return "the convolution's weight is fake-quantized; run fold-conv-bn before insert-fake-quant"
+    uses = [user for user in weight.users if user.target is not ops.mask and user is not convolution]
+    masked = [user for user in weight.users if user.target is ops.mask]
+    if uses or any(len(item.users) > 1 for item in masked):
+        return "the convolution's weight is used elsewhere too"
+    if not all(isinstance(item, fx.Node) for item in node.args[3:5]):
+        return "it has no running statistics"
+    return None
+
+
+@torch.no_grad()
+def _fold(program: Program, node: fx.Node, convolution: fx.Node) -> str:
+    values = [program.tensor(str(item.target)) if isinstance(item, fx.Node) else None for item in node.args[1:5]]
+    gamma, beta, mean, variance = values
+    assert mean is not None and variance is not None
+    factor = torch.rsqrt(variance + float(node.args[7]))  # type: ignore[arg-type]
+    factor = factor * gamma if gamma is not None else factor
+    weight_name = str(_weight_of(convolution).target)
+    weight = program.tensor(weight_name)
+    weight.mul_(factor.view(-1, *[1] * (weight.dim() - 1)).to(weight.dtype))
+    shift = -mean * factor if beta is None else beta - mean * factor
+    bias = convolution.args[2] if len(convolution.args) > 2 else None
+    if isinstance(bias, fx.Node):
+        tensor = program.tensor(str(bias.target))
+        tensor.copy_(tensor * factor + shift)
+    else:
+        bias_name = f"{weight_name.rpartition('.')[0]}.bias".lstrip(".")
+        owner = program.get_submodule(weight_name.rpartition(".")[0])
+        owner.register_parameter("bias", nn.Parameter(shift.to(weight.dtype)))
+        with program.graph.inserting_before(convolution):
+            added = program.graph.create_node("get_attr", bias_name)
+        added.meta["val"] = shift.to("meta", weight.dtype)
+        convolution.args = (*convolution.args[:2], added, *convolution.args[3:])
+    node.replace_all_uses_with(convolution)
+    program.graph.erase_node(node)
+    return weight_name
+
+
+def _drop_counters(program: Program) -> None:
+    """Remove counters of batches whose normalization is gone."""
+    alive = {
+        str(item.target).rpartition(".")[0]
+        for node in program.calls(aten.batch_norm.default)
+        for item in node.all_input_nodes
+        if item.op == "get_attr" and item.target != "training"
+    }
+    for node in program.calls(aten.add_.Tensor):
+        counter = node.args[0]
+        if not isinstance(counter, fx.Node) or not str(counter.target).endswith("num_batches_tracked"):
+            continue
+        if str(counter.target).rpartition(".")[0] not in alive:
+            program.graph.erase_node(node)
