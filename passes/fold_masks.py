@@ -36,6 +36,8 @@ class FoldMasks(Pass):
         """Zero masked weights in place and remove the masks."""
         sites = masked_sites(program)
         for rule, members in rules_of(sites).items():
+            if members[0].mask.is_meta:
+                continue  # a structure without values, as when a saved Program is rebuilt
             done, now, target = reached(members)
             if not done and not self.allow_unfinished:
                 raise SparsityError(

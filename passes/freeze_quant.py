@@ -37,7 +37,9 @@ class FreezeQuant(Pass):
         for node, decision in quantizers(program):
             if not observers:
                 break
-            if decision.weight:
+            if program.tensor(f"{decision.prefix}_scale").is_meta:
+                pass  # a structure without values, as when a saved Program is rebuilt
+            elif decision.weight:
                 _round_weight(program, decision.prefix, parse_scheme(decision.scheme), masks.get(decision.prefix))
             elif bool((program.tensor(f"{decision.prefix}_high") < program.tensor(f"{decision.prefix}_low")).any()):
                 raise PassError(

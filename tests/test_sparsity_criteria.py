@@ -63,7 +63,9 @@ def test_half_precision_is_scored_in_float32():
 
 
 def test_declarations():
-    assert SnipMomentum.needs_gradient and not SnipMomentum.dense_gradient and not Magnitude.needs_gradient
+    assert SnipMomentum.needs_gradient
+    assert not SnipMomentum.dense_gradient
+    assert not Magnitude.needs_gradient
     assert set(CRITERIA) >= {"magnitude", "snip_momentum"}
 
 

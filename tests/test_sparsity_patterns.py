@@ -1,4 +1,4 @@
-"""Layouts and patterns: shapes, reductions, masks and their text, for dimensions that divide and that do not."""
+"""Layouts and patterns: shapes, reductions, masks and text, for dimensions that divide and that do not."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def scores_for(shape, seed, levels=0):
 
 
 def blocks_of(pattern, shape):
-    """Every unit of a tiled pattern as (row slice, column slice), in flattened order, found without the library's code."""
+    """Every unit of a tiled pattern as (row slice, column slice), in flattened order."""
     rows, columns = {Unstructured: (1, 1)}.get(type(pattern)) or (
         (pattern.rows, pattern.columns)
         if isinstance(pattern, Block)
@@ -68,7 +68,9 @@ def test_layout_roundtrip(layout, shape, expected):
     logical = to_logical(weight, layout)
     assert tuple(logical.shape) == logical_shape(shape, layout) == expected
     back = from_logical(logical, layout, shape)
-    assert torch.equal(back, weight) and back.is_contiguous() and back.stride() == weight.stride()
+    assert torch.equal(back, weight)
+    assert back.is_contiguous()
+    assert back.stride() == weight.stride()
 
 
 def test_conv_input_channel_is_fastest():
@@ -77,9 +79,7 @@ def test_conv_input_channel_is_fastest():
     for channel in range(3):
         for row in range(4):
             for column in range(5):
-                assert torch.equal(
-                    logical[:, (row * 5 + column) * 3 + channel], weight[:, channel, row, column]
-                )
+                assert torch.equal(logical[:, (row * 5 + column) * 3 + channel], weight[:, channel, row, column])
 
 
 def test_layouts_are_views_where_possible():
@@ -165,7 +165,8 @@ def test_tiled_units(pattern, shape, seed):
     expected = torch.ones(shape, dtype=torch.bool)
     for block, gone in zip(blocks, prune.flatten().tolist(), strict=True):
         expected[block] = not gone
-    assert torch.equal(kept, expected) and kept.is_contiguous()
+    assert torch.equal(kept, expected)
+    assert kept.is_contiguous()
     assert pattern.holds(kept)
     pruned = sum(count for count, gone in zip(counts.tolist(), prune.flatten().tolist(), strict=True) if gone)
     assert pattern.pattern_sparsity(~kept) == pruned / scores.numel()
@@ -175,9 +176,7 @@ def test_tiled_units(pattern, shape, seed):
 @given(TILED, SHAPES, SEEDS)
 def test_tiled_holds_only_whole_units(pattern, shape, seed):
     kept = scores_for(shape, seed, levels=2).bool()
-    expected = all(
-        bool(kept[block].all()) or not bool(kept[block].any()) for block in blocks_of(pattern, shape)
-    )
+    expected = all(bool(kept[block].all()) or not bool(kept[block].any()) for block in blocks_of(pattern, shape))
     assert pattern.holds(kept) == expected
 
 
@@ -205,9 +204,7 @@ def test_nm_units(pattern, shape, seed, levels):
                     wanted[place] = False
             else:
                 assert units[row, group] == float("inf")
-            assert (sizes if isinstance(sizes, int) else sizes[row, group]) == (
-                dropped if group < full else 0
-            )
+            assert (sizes if isinstance(sizes, int) else sizes[row, group]) == (dropped if group < full else 0)
             assert kept[row, group * pattern.m : (group + 1) * pattern.m].tolist() == wanted
     assert pattern.holds(kept)
     every = pattern.mask(scores, torch.ones_like(prune), shape)
@@ -247,7 +244,8 @@ def test_regions_cover_everything_once(pattern, shape, elements):
         weights[part] += 1
         stored[place] += 1
         result[place] = pattern.reduce(values[part])
-    assert bool((weights == 1).all()) and bool((stored == 1).all())
+    assert bool((weights == 1).all())
+    assert bool((stored == 1).all())
     torch.testing.assert_close(result, pattern.reduce(values))
 
 

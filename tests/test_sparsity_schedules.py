@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given
@@ -41,9 +42,7 @@ def test_formulas():
     assert Linear().sparsity(t, initial, target) == pytest.approx(0.1 + 0.7 * 0.3)
     assert Cubic().sparsity(t, initial, target) == pytest.approx(0.1 + 0.7 * (1 - 0.7**3))
     assert Exponential().sparsity(t, initial, target) == pytest.approx(1 - 0.9 * (0.2 / 0.9) ** 0.3)
-    assert Cosine().sparsity(t, initial, target) == pytest.approx(
-        0.1 + 0.7 * (1 - math.cos(math.pi / 2 * 0.3))
-    )
+    assert Cosine().sparsity(t, initial, target) == pytest.approx(0.1 + 0.7 * (1 - math.cos(math.pi / 2 * 0.3)))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +62,8 @@ def test_neural_compressor_curves(name, expected):
 def test_text():
     assert set(SCHEDULES) >= {"one-shot", "linear", "cubic", "exponential", "cosine"}
     for name, cls in SCHEDULES.items():
-        assert parse_schedule(name) == cls() and str(cls()) == name
+        assert parse_schedule(name) == cls()
+        assert str(cls()) == name
     with pytest.raises(SparsityError, match="did you mean 'cubic'"):
         parse_schedule("cube")
 
@@ -82,10 +82,12 @@ def test_window_updates(start, length, frequency):
     place = Window(start, start + length, frequency)
     steps = [step for step in range(start + length + 20) if place.is_update(step)]
     assert tuple(steps) == place.update_steps()
-    assert steps[0] == start and steps[-1] == start + length
-    assert all(later - earlier == frequency for earlier, later in zip(steps[:-2], steps[1:-1], strict=True))
+    assert steps[0] == start
+    assert steps[-1] == start + length
+    assert all(later - earlier == frequency for earlier, later in pairwise(steps[:-1]))
     progress = [place.progress(step) for step in range(start + length + 20)]
-    assert progress == sorted(progress) and progress[start + length] == 1.0
+    assert progress == sorted(progress)
+    assert progress[start + length] == 1.0
     if length:
         assert progress[start] == 0.0
     if start:
@@ -96,11 +98,9 @@ def test_last_update_reaches_the_target_where_the_frequency_does_not_divide():
     place = Window(1, 20, 5)
     assert place.update_steps() == (1, 6, 11, 16, 20)
     assert Exponential().sparsity(place.progress(20), 0.0, 0.8) == 0.8
-    assert (
-        Window(3, 3).update_steps() == (3,)
-        and Window(3, 3).progress(3) == 1.0
-        and Window(3, 3).progress(2) == 0.0
-    )
+    assert Window(3, 3).update_steps() == (3,)
+    assert Window(3, 3).progress(3) == 1.0
+    assert Window(3, 3).progress(2) == 0.0
 
 
 @pytest.mark.parametrize("arguments", [(-1, 2, 1), (3, 2, 1), (0, 2, 0), (0, 2.0, 1), (True, 2, 1)])

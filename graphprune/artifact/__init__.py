@@ -1,1 +1,1 @@
-"""artifact."""
+"""Artifacts: saving and loading Programs, exporting to targets, manifests, verification and inspection."""

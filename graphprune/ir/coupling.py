@@ -34,7 +34,7 @@ def last_sites(program: Program, sites: Iterable[Site]) -> set[str]:
     A site that is used several times counts by its last use.
     """
     sites = tuple(sites)
-    order = nx.transitive_closure_dag(_between_sites(program, sites))
+    order = _between_sites(program, sites)
     return {site.name for site in sites if order.out_degree(site.name) == 0} if len(sites) > 1 else set()
 
 

@@ -36,13 +36,28 @@ class Selection:
     include_last: bool = False
 
     def apply(self, program: Program) -> tuple[tuple[Site, ...], tuple[Excluded, ...]]:
-        """Choose among the sites of a Program.
+        """Choose among the sites of a Program, for a pass that needs one to work on.
 
         Returns:
             The chosen sites in graph order, and everything left out with its reason.
 
         Raises:
             RecipeError: A name or operator matches nothing (with close matches), or nothing at all is chosen.
+        """
+        chosen, left = self.split(program)
+        if not chosen:
+            why = "; ".join(sorted({item.reason for item in left})) or "the model has no linear or convolution weights"
+            raise RecipeError(f"no site is left to work on: {why}")
+        return chosen, left
+
+    def split(self, program: Program) -> tuple[tuple[Site, ...], tuple[Excluded, ...]]:
+        """Choose among the sites of a Program, possibly none of them.
+
+        Returns:
+            The chosen sites in graph order, and everything left out with its reason.
+
+        Raises:
+            RecipeError: A name or operator matches nothing (with close matches).
         """
         sites, excluded = find_sites(program)
         known_ops = {operator.name for operator in OPERATORS.values()}
@@ -69,9 +84,6 @@ class Selection:
                 chosen.append(site)
             else:
                 left.append(Excluded(site.name, reason))
-        if not chosen:
-            why = "; ".join(sorted({item.reason for item in left})) or "the model has no linear or convolution weights"
-            raise RecipeError(f"no site is left to work on: {why}")
         return tuple(chosen), tuple(left)
 
 

@@ -108,25 +108,31 @@ def find_sites(program: Program) -> tuple[tuple[Site, ...], tuple[Excluded, ...]
         Sites in the order of the graph, and every other parameter of two or more dimensions with the reason why it is
         none. A weight that several operators use is one site; one that is used in two layouts is excluded.
     """
-    sites: dict[str, Site] = {}
+    sites: list[Site] = []
     excluded: list[Excluded] = []
     parameters = dict(program.named_parameters())
-    aliases = _aliases(program)
-    for node in program.graph.nodes:
-        if node.op != "get_attr" or node.target not in aliases or aliases[node.target] in sites:
-            continue
-        name = aliases[node.target]
+    batch = _batch(program)
+    for name, nodes in _weight_nodes(program).items():
         weight = parameters[name]
-        if weight.dim() < 2 or name in {item.name for item in excluded}:
+        if weight.dim() < 2:
             continue
-        site, reason = _site(program, name, weight)
+        site, reason = _site(name, weight, nodes, batch)
         if site is not None:
-            sites[name] = site
+            sites.append(site)
         else:
             excluded.append(Excluded(name, reason))
     order = {node.name: index for index, node in enumerate(program.graph.nodes)}
-    ordered = sorted(sites.values(), key=lambda site: order[site.uses[0]])
-    return tuple(ordered), tuple(excluded)
+    return tuple(sorted(sites, key=lambda site: order[site.uses[0]])), tuple(excluded)
+
+
+def _weight_nodes(program: Program) -> dict[str, list[fx.Node]]:
+    """The ``get_attr`` nodes of each parameter in graph order, those of tied names under the first of them."""
+    aliases = _aliases(program)
+    nodes: dict[str, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and node.target in aliases:
+            nodes.setdefault(aliases[node.target], []).append(node)
+    return nodes
 
 
 def _aliases(program: Program) -> dict[str, str]:
@@ -137,11 +143,7 @@ def _aliases(program: Program) -> dict[str, str]:
     }
 
 
-def _site(program: Program, name: str, weight: Tensor) -> tuple[Site | None, str]:
-    aliases = _aliases(program)
-    nodes = [
-        node for node in program.graph.nodes if node.op == "get_attr" and aliases.get(node.target) == name
-    ]
+def _site(name: str, weight: Tensor, nodes: list[fx.Node], batch: int) -> tuple[Site | None, str]:
     found: list[tuple[Operator, fx.Node]] = []
     others: list[str] = []
     for node in nodes:
@@ -165,7 +167,7 @@ def _site(program: Program, name: str, weight: Tensor) -> tuple[Site | None, str
         arguments = found[0][1].args
         groups = int(arguments[operator.groups]) if len(arguments) > operator.groups else 1  # type: ignore[arg-type]
     shape = logical_shape(tuple(weight.shape), operator.layout)
-    macs = sum(_macs(node, shape) for _, node in found) // _batch(program)
+    macs = sum(_macs(node, shape) for _, node in found) // batch
     site = Site(
         name=name,
         op=operator.name,

@@ -21,7 +21,7 @@ def choose_qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, T
     """Choose scale and zero point for a range of real numbers.
 
     The range is first extended to include 0. Numbers within it come back from ``fake_quantize`` with an error
-    of at most half a scale; 0 comes back as 0.
+    of at most half a scale (up to 1e38: beyond, float32 may overflow); 0 comes back as 0.
 
     Args:
         low: Smallest value, float, a scalar or ``[channels]``.
@@ -41,9 +41,7 @@ def choose_qparams(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, T
             f"quantization range: low is of shape {tuple(low.shape)}, high of {tuple(high.shape)}; give pairs"
         )
     if not bool((low.isfinite() & high.isfinite() & (low <= high)).all()):
-        raise PassError(
-            "quantization range: it needs finite low <= high; calibrate with data that reaches this tensor"
-        )
+        raise PassError("quantization range: it needs finite low <= high; calibrate with data that reaches this tensor")
     below, above = low.detach().double().clamp(max=0.0), high.detach().double().clamp(min=0.0)
     width = 2.0 * torch.maximum(-below, above) if scheme.symmetric else above - below
     steps = 2 * scheme.qmax if scheme.symmetric else scheme.qmax - scheme.qmin

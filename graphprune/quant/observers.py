@@ -29,9 +29,7 @@ class Observer(abc.ABC):
     axis: int | None = None
     name: ClassVar[str]
 
-    def initial(
-        self, channels: int | None = None, *, device: torch.device | str = "cpu"
-    ) -> tuple[Tensor, Tensor]:
+    def initial(self, channels: int | None = None, *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Return the state before any data: float32 ``(+inf, -inf)``.
 
         Args:
@@ -70,28 +68,20 @@ class Observer(abc.ABC):
         return torch.where(unseen, batch_low, new_low), torch.where(unseen, batch_high, new_high)
 
     @abc.abstractmethod
-    def combine(
-        self, low: Tensor, high: Tensor, batch_low: Tensor, batch_high: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def combine(self, low: Tensor, high: Tensor, batch_low: Tensor, batch_high: Tensor) -> tuple[Tensor, Tensor]:
         """Return the new range from the old one and that of a batch; unused where nothing was seen yet."""
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.axis is not None and not 0 <= self.axis < x.ndim:
-            raise PassError(
-                f"observer {self.name}: no axis {self.axis} in a tensor of shape {tuple(x.shape)}"
-            )
+            raise PassError(f"observer {self.name}: no axis {self.axis} in a tensor of shape {tuple(x.shape)}")
         if not x.numel():
-            raise PassError(
-                f"observer {self.name}: a tensor of shape {tuple(x.shape)} has no values to observe"
-            )
+            raise PassError(f"observer {self.name}: a tensor of shape {tuple(x.shape)} has no values to observe")
         if self.axis is None:
             low, high = x.aminmax()
         else:
             low, high = x.movedim(self.axis, 0).flatten(1).aminmax(dim=1) if x.ndim > 1 else (x, x)
         if not bool((low.isfinite() & high.isfinite()).all()):
-            raise PassError(
-                f"observer {self.name}: the tensor holds NaN or infinity; check the model and its inputs"
-            )
+            raise PassError(f"observer {self.name}: the tensor holds NaN or infinity; check the model and its inputs")
         return low.float(), high.float()
 
 
@@ -101,9 +91,8 @@ class MinMax(Observer):
 
     name = "min-max"
 
-    def combine(
-        self, low: Tensor, high: Tensor, batch_low: Tensor, batch_high: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def combine(self, low: Tensor, high: Tensor, batch_low: Tensor, batch_high: Tensor) -> tuple[Tensor, Tensor]:
+        """Widen the range to hold that of the batch."""
         return torch.minimum(low, batch_low), torch.maximum(high, batch_high)
 
 
@@ -126,13 +115,10 @@ class MovingAverageMinMax(Observer):
         if not 0.0 < self.momentum <= 1.0:
             raise RecipeError(f"observer {self.name}: momentum={self.momentum} is not in (0, 1]")
 
-    def combine(
-        self, low: Tensor, high: Tensor, batch_low: Tensor, batch_high: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def combine(self, low: Tensor, high: Tensor, batch_low: Tensor, batch_high: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the range toward that of the batch."""
         return torch.lerp(low, batch_low, self.momentum), torch.lerp(high, batch_high, self.momentum)
 
 
-OBSERVERS: Mapping[str, type[Observer]] = MappingProxyType(
-    {cls.name: cls for cls in (MinMax, MovingAverageMinMax)}
-)
+OBSERVERS: Mapping[str, type[Observer]] = MappingProxyType({cls.name: cls for cls in (MinMax, MovingAverageMinMax)})
 """Every observer by name."""

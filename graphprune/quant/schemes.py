@@ -53,9 +53,7 @@ class Scheme:
         if self.symmetric and self.dtype is QuantDtype.UINT8:
             raise RecipeError("uint8 has no numbers below 0, so it cannot be symmetric; use int8, or affine")
         if self.axis is not None and self.axis < 0:
-            raise RecipeError(
-                f"quantization axis {self.axis} is negative; count dimensions from 0, the first"
-            )
+            raise RecipeError(f"quantization axis {self.axis} is negative; count dimensions from 0, the first")
 
     @property
     def qmin(self) -> int:
@@ -94,9 +92,7 @@ def parse_scheme(text: str) -> Scheme:
     Raises:
         RecipeError: The text cannot be read, or names an impossible scheme.
     """
-    match = re.fullmatch(
-        r"(int8|uint8):(symmetric|affine):(?:(tensor)|(channel)|axis(\d+))", text.strip().lower()
-    )
+    match = re.fullmatch(r"(int8|uint8):(symmetric|affine):(?:(tensor)|(channel)|axis(\d+))", text.strip().lower())
     if match is None:
         raise RecipeError(
             f"unknown quantization scheme {text!r}; write "

@@ -100,13 +100,9 @@ def _check_fractions(sparsity: float, least: float, limits: Sequence[float], lab
             raise SparsityError(f"{name}={value} is not in [0, 1]; write a fraction and not percent")
     for label, limit in zip(labels, limits, strict=True):
         if not 0.0 <= limit <= 1.0:
-            raise SparsityError(
-                f"{label}: max_sparsity={limit} is not in [0, 1]; write a fraction and not percent"
-            )
+            raise SparsityError(f"{label}: max_sparsity={limit} is not in [0, 1]; write a fraction and not percent")
         if least > limit:
-            raise SparsityError(
-                f"{label}: min_sparsity={least} is above max_sparsity={limit}; change one of them"
-            )
+            raise SparsityError(f"{label}: min_sparsity={least} is above max_sparsity={limit}; change one of them")
 
 
 def _share_alone(site: Units, bound: _Bounds, weights: int, sparsity: float) -> Tensor:
@@ -123,9 +119,7 @@ def _share_alone(site: Units, bound: _Bounds, weights: int, sparsity: float) -> 
     return mask
 
 
-def _share_global(
-    sites: Sequence[Units], bounds: Sequence[_Bounds], weights: int, sparsity: float
-) -> list[Tensor]:
+def _share_global(sites: Sequence[Units], bounds: Sequence[_Bounds], weights: int, sparsity: float) -> list[Tensor]:
     """Cut all sites at one threshold, fix the sites that this takes out of bounds, and cut the others again.
 
     Of too full and too empty sites, those of the larger total violation are fixed first: they stay out of
@@ -153,9 +147,7 @@ def _share_global(
             counts -= histogram(sites[index])
 
 
-def _out_of_bounds(
-    sites: Sequence[Units], bounds: Sequence[_Bounds], cuts: dict[int, Tensor]
-) -> dict[int, Tensor]:
+def _out_of_bounds(sites: Sequence[Units], bounds: Sequence[_Bounds], cuts: dict[int, Tensor]) -> dict[int, Tensor]:
     """Return the masks of the sites to fix at a bound, {} where all are within theirs."""
     over: dict[int, Tensor] = {}
     under: dict[int, Tensor] = {}

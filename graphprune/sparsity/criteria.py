@@ -72,9 +72,7 @@ class Criterion(abc.ABC):
         Raises:
             SparsityError: The criterion uses no gradients, or shapes differ.
         """
-        raise SparsityError(
-            f"criterion {self} uses no gradients; only call accumulate where needs_gradient is True"
-        )
+        raise SparsityError(f"criterion {self} uses no gradients; only call accumulate where needs_gradient is True")
 
     @abc.abstractmethod
     def scores(self, stored: Tensor | None, weight: Tensor, pattern: Pattern) -> Tensor:
@@ -102,6 +100,7 @@ class Magnitude(Criterion):
 
     @torch.no_grad()
     def scores(self, stored: Tensor | None, weight: Tensor, pattern: Pattern) -> Tensor:
+        """Return the reduced magnitude; ``stored`` is ignored."""
         shape = matrix_shape(weight)
         result = torch.empty(pattern.score_shape(shape), dtype=torch.float32, device=weight.device)
         for part, place in pattern.regions(shape, CHUNK):
@@ -133,10 +132,12 @@ class AccumulatedCriterion(Criterion):
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor | None:
+        """Return zeros in the pattern's score shape."""
         return torch.zeros(pattern.score_shape(shape), device=device, dtype=dtype)
 
     @torch.no_grad()
     def accumulate(self, stored: Tensor | None, weight: Tensor, grad: Tensor, pattern: Pattern) -> Tensor:
+        """Decay the stored scores in place and add those of this backward pass."""
         shape = matrix_shape(weight)
         if grad.shape != weight.shape:
             raise SparsityError(
@@ -150,6 +151,7 @@ class AccumulatedCriterion(Criterion):
         return stored
 
     def scores(self, stored: Tensor | None, weight: Tensor, pattern: Pattern) -> Tensor:
+        """Return ``stored`` itself."""
         if stored is None:
             raise SparsityError(f"criterion {self} has seen no gradient; start pruning at step 1 or later")
         return stored
@@ -177,14 +179,13 @@ class SnipMomentum(AccumulatedCriterion):
             )
 
     def importance(self, weight: Tensor, grad: Tensor) -> Tensor:
+        """Return ``|W * G|``."""
         if weight.dtype is torch.float32:
             return (weight * grad).abs_()
         return weight.float().mul_(grad).abs_()
 
 
-CRITERIA: Mapping[str, type[Criterion]] = MappingProxyType(
-    {cls.name: cls for cls in (Magnitude, SnipMomentum)}
-)
+CRITERIA: Mapping[str, type[Criterion]] = MappingProxyType({cls.name: cls for cls in (Magnitude, SnipMomentum)})
 """Every criterion that text can name."""
 
 

@@ -39,6 +39,7 @@ class NM(Pattern):
 
     @classmethod
     def from_text(cls, text: str) -> NM | None:
+        """Read ``n:m``."""
         match = re.fullmatch(r"(\d+):(\d+)", text)
         return cls(int(match[1]), int(match[2])) if match else None
 
@@ -46,31 +47,27 @@ class NM(Pattern):
         return f"{self.n}:{self.m}"
 
     def misfit(self, shape: Shape) -> str | None:
+        """Name the input size that is no multiple of ``m``."""
         if shape[1] < self.m:
             return f"pattern {self} spans {self.m} inputs but the weight has only {shape[1]}"
-        return (
-            f"{shape[1]} inputs are not a multiple of m={self.m} of pattern {self}"
-            if shape[1] % self.m
-            else None
-        )
+        return f"{shape[1]} inputs are not a multiple of m={self.m} of pattern {self}" if shape[1] % self.m else None
 
     def score_shape(self, shape: Shape) -> tuple[int, ...]:
+        """Return ``shape``: one score per weight."""
         return shape
 
     def reduce(self, scores: Tensor) -> Tensor:
+        """Return ``scores`` itself."""
         return scores
 
     def unit_scores(self, stored: Tensor) -> Tensor:
-        """Return the mean of each group's ``m - n`` smallest, ``[out, ceil(in/m)]``; inf for a short group."""
+        """Return the mean of the ``m - n`` smallest of each group, ``[out, ceil(in/m)]``; inf for a tail."""
         full = stored.shape[1] // self.m
         scores = smallest_mean(stored[:, : full * self.m].view(len(stored), full, self.m), self.m - self.n)
-        return (
-            torch.nn.functional.pad(scores, (0, 1), value=float("inf"))
-            if stored.shape[1] % self.m
-            else scores
-        )
+        return torch.nn.functional.pad(scores, (0, 1), value=float("inf")) if stored.shape[1] % self.m else scores
 
     def unit_sizes(self, shape: Shape) -> int | Tensor:
+        """Return ``m - n``, and 0 for the short last group of each row."""
         if shape[1] % self.m == 0:
             return self.m - self.n
         sizes = torch.full((shape[0], shape[1] // self.m + 1), self.m - self.n, dtype=torch.int64)
@@ -78,6 +75,7 @@ class NM(Pattern):
         return sizes
 
     def mask(self, stored: Tensor, prune: Tensor, shape: Shape) -> Tensor:
+        """Drop the ``m - n`` smallest of each pruned group."""
         check_units(prune, (shape[0], -(-shape[1] // self.m)), self)
         full = shape[1] // self.m
         kept = torch.ones(shape, dtype=torch.bool, device=prune.device)
@@ -87,6 +85,7 @@ class NM(Pattern):
         return kept
 
     def holds(self, kept: Tensor) -> bool:
+        """Say whether each group is dense or keeps at most ``n``."""
         short = -kept.shape[1] % self.m
         padded = torch.nn.functional.pad(kept, (0, short)) if short else kept
         counts = padded.reshape(len(padded), -1, self.m).sum(2)
@@ -96,6 +95,7 @@ class NM(Pattern):
         return bool(((counts <= self.n) | (counts == dense)).all())
 
     def pattern_sparsity(self, zero: Tensor) -> float:
+        """Return the fraction of zeros."""
         return int(zero.count_nonzero()) / max(1, zero.numel())
 
     def max_sparsity(self, shape: Shape) -> float:
@@ -103,6 +103,7 @@ class NM(Pattern):
         return (self.m - self.n) * (shape[1] // self.m) / max(1, shape[1])
 
     def regions(self, shape: Shape, elements: int) -> Iterator[Region]:
+        """Cut into bands of rows."""
         step = max(1, elements // max(1, shape[1]))
         for start in range(0, shape[0], step):
             part = slice(start, min(start + step, shape[0]))

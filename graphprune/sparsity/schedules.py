@@ -57,6 +57,7 @@ class FractionSchedule(Schedule):
     """A schedule that has gone the same fraction of the way whatever the ends are."""
 
     def curve(self, progress: float, initial: float, target: float) -> float:
+        """Interpolate by ``fraction``."""
         return initial + (target - initial) * self.fraction(progress)
 
     @abc.abstractmethod
@@ -71,6 +72,7 @@ class OneShot(FractionSchedule):
     name = "one-shot"
 
     def fraction(self, progress: float) -> float:
+        """Return 1."""
         return 1.0
 
 
@@ -81,6 +83,7 @@ class Linear(FractionSchedule):
     name = "linear"
 
     def fraction(self, progress: float) -> float:
+        """Return ``t``."""
         return progress
 
 
@@ -94,6 +97,7 @@ class Cubic(FractionSchedule):
     name = "cubic"
 
     def fraction(self, progress: float) -> float:
+        """Return ``1 - (1 - t)**3``."""
         return 1.0 - (1.0 - progress) ** 3
 
 
@@ -108,6 +112,7 @@ class Exponential(Schedule):
     name = "exponential"
 
     def curve(self, progress: float, initial: float, target: float) -> float:
+        """Return ``1 - (1 - s0) * ((1 - s1) / (1 - s0))**t``."""
         if initial == 1.0:
             return 1.0
         shrink: float = ((1.0 - target) / (1.0 - initial)) ** progress
@@ -121,6 +126,7 @@ class Cosine(FractionSchedule):
     name = "cosine"
 
     def fraction(self, progress: float) -> float:
+        """Return ``1 - cos(pi/2 * t)``."""
         return 1.0 - math.cos(math.pi / 2 * progress)
 
 
@@ -168,21 +174,15 @@ class Window:
     def __post_init__(self) -> None:
         for name, value in (("start", self.start), ("end", self.end), ("frequency", self.frequency)):
             if isinstance(value, bool) or not isinstance(value, int):
-                raise SparsityError(
-                    f"pruning window: {name}={value!r} is not an int; it is counted in optimizer steps"
-                )
+                raise SparsityError(f"pruning window: {name}={value!r} is not an int; it is counted in optimizer steps")
         if not 0 <= self.start <= self.end:
-            raise SparsityError(
-                f"pruning window: it needs 0 <= start <= end, got start={self.start}, end={self.end}"
-            )
+            raise SparsityError(f"pruning window: it needs 0 <= start <= end, got start={self.start}, end={self.end}")
         if self.frequency < 1:
             raise SparsityError(f"pruning window: frequency={self.frequency} is below 1 step")
 
     def is_update(self, step: int) -> bool:
         """Say whether masks are updated at ``step``."""
-        return self.start <= step <= self.end and (
-            step == self.end or (step - self.start) % self.frequency == 0
-        )
+        return self.start <= step <= self.end and (step == self.end or (step - self.start) % self.frequency == 0)
 
     def progress(self, step: int) -> float:
         """Return how much of the window is over, in [0, 1]: 0 up to ``start``, exactly 1 from ``end`` on."""

@@ -198,9 +198,7 @@ def _refuse_nan(units: Units, seen: Tensor) -> None:
 def _threshold(sites: Sequence[Units], counts: Tensor, goal: float) -> float:
     """Return the score at which the cumulated weights first reach ``goal > 0``."""
     place, below = _crossing(counts, goal)
-    high = (
-        place - _HALF if place >= _HALF else -1 - place
-    )  # larger bits are smaller numbers where the sign bit is set
+    high = place - _HALF if place >= _HALF else -1 - place  # larger bits are smaller numbers where the sign bit is set
     fine = torch.zeros(_BUCKETS, dtype=torch.int64)
     for site in sites:
         for bits, sizes in _chunks(site):

@@ -47,9 +47,7 @@ def parse_named(text: str, known: Mapping[str, type[T]], kind: str) -> T:
     """
     match = _CALL.fullmatch(text)
     if match is None:
-        raise SparsityError(
-            f"cannot read {kind} {text!r}; write name or name(option=value,...){suggest(text, known)}"
-        )
+        raise SparsityError(f"cannot read {kind} {text!r}; write name or name(option=value,...){suggest(text, known)}")
     name, listed = match[1], match[2] or ""
     if name not in known:
         raise SparsityError(f"unknown {kind} {name!r}{suggest(name, known)}")
@@ -66,7 +64,5 @@ def parse_named(text: str, known: Mapping[str, type[T]], kind: str) -> T:
             options[key] = int(value) if isinstance(defaults[key], int) else float(value)
         except ValueError as error:
             example = f"write for example {key}={defaults[key]}"
-            raise SparsityError(
-                f"{kind} {name}: {key}={value!r} is no number of its kind; {example}"
-            ) from error
+            raise SparsityError(f"{kind} {name}: {key}={value!r} is no number of its kind; {example}") from error
     return cls(**options)

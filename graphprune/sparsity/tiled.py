@@ -30,6 +30,7 @@ class Tiled(Pattern):
         return -(-shape[0] // rows), -(-shape[1] // columns)
 
     def misfit(self, shape: Shape) -> str | None:
+        """Name the first dimension that does not divide into tiles."""
         for size, part, name, unit in zip(
             shape, self.tile(shape), ("outputs", "inputs"), ("rows", "columns"), strict=True
         ):
@@ -40,13 +41,16 @@ class Tiled(Pattern):
         return None
 
     def score_shape(self, shape: Shape) -> tuple[int, ...]:
+        """Return the grid of tiles."""
         return self.grid(shape)
 
     def reduce(self, scores: Tensor) -> Tensor:
+        """Return the mean of each tile."""
         shape = matrix_shape(scores)
         return _reduce_tiles(scores, self.tile(shape), _mean).view(self.score_shape(shape))
 
     def unit_sizes(self, shape: Shape) -> int | Tensor:
+        """Return the area of a tile, one per tile where edges are smaller."""
         rows, columns = self.tile(shape)
         if shape[0] % rows == 0 and shape[1] % columns == 0:
             return rows * columns
@@ -57,15 +61,18 @@ class Tiled(Pattern):
         return torch.outer(heights, widths).view(self.score_shape(shape))
 
     def mask(self, stored: Tensor, prune: Tensor, shape: Shape) -> Tensor:
+        """Expand each tile's choice over the tile; ``stored`` is ignored."""
         check_units(prune, self.score_shape(shape), self)
         return _expand_tiles(prune.logical_not().view(self.grid(shape)), self.tile(shape), shape)
 
     def holds(self, kept: Tensor) -> bool:
+        """Say whether each tile is all kept or all pruned."""
         shape = matrix_shape(kept)
         rows, columns = self.tile(shape)
         return torch.equal(_expand_tiles(kept[::rows, ::columns], (rows, columns), shape), kept)
 
     def pattern_sparsity(self, zero: Tensor) -> float:
+        """Return the share of weights in tiles that are all zero."""
         shape = matrix_shape(zero)
         pruned = _reduce_tiles(zero, self.tile(shape), _all).view(self.score_shape(shape))
         sizes = self.unit_sizes(shape)
@@ -76,6 +83,7 @@ class Tiled(Pattern):
         return weights / max(1, zero.numel())
 
     def regions(self, shape: Shape, elements: int) -> Iterator[Region]:
+        """Cut into bands of tiles: of rows, or of columns where one tile spans all rows."""
         tile = self.tile(shape)
         axis = 1 if tile[0] >= shape[0] else 0
         step = max(1, elements // max(1, tile[axis] * shape[1 - axis])) * tile[axis]
@@ -93,18 +101,22 @@ class Unstructured(Tiled):
 
     @classmethod
     def from_text(cls, text: str) -> Unstructured | None:
+        """Read "unstructured" or "1x1"."""
         return cls() if text in ("unstructured", "1x1") else None
 
     def __str__(self) -> str:
         return "unstructured"
 
     def tile(self, shape: Shape) -> Shape:
+        """Return 1x1."""
         return 1, 1
 
     def reduce(self, scores: Tensor) -> Tensor:
+        """Return ``scores`` itself."""
         return scores
 
     def pattern_sparsity(self, zero: Tensor) -> float:
+        """Return the fraction of zeros."""
         return int(zero.count_nonzero()) / max(1, zero.numel())
 
 
@@ -122,14 +134,13 @@ class Block(Tiled):
 
     def __post_init__(self) -> None:
         if min(self.rows, self.columns) < 1:
-            raise SparsityError(
-                f"a block of {self.rows}x{self.columns} is empty; rows and columns are at least 1"
-            )
+            raise SparsityError(f"a block of {self.rows}x{self.columns} is empty; rows and columns are at least 1")
         if self.rows == self.columns == 1:
             raise SparsityError("a block of 1x1 is no block; use Unstructured()")
 
     @classmethod
     def from_text(cls, text: str) -> Block | None:
+        """Read ``rows x columns`` without spaces."""
         match = re.fullmatch(r"(\d+)x(\d+)", text)
         return cls(int(match[1]), int(match[2])) if match else None
 
@@ -137,6 +148,7 @@ class Block(Tiled):
         return f"{self.rows}x{self.columns}"
 
     def tile(self, shape: Shape) -> Shape:
+        """Return rows and columns of the block."""
         return self.rows, self.columns
 
 
@@ -162,18 +174,22 @@ class Channel(Tiled):
 
     @classmethod
     def from_text(cls, text: str) -> Channel | None:
+        """Read "1xchannel" or "channelx1"."""
         return {"1xchannel": cls(0), "channelx1": cls(1)}.get(text)
 
     def __str__(self) -> str:
         return ("1xchannel", "channelx1")[self.axis]
 
     def tile(self, shape: Shape) -> Shape:
+        """Return a whole row or column of the matrix."""
         return (1, max(1, shape[1])) if self.axis == 0 else (max(1, shape[0]), 1)
 
     def score_shape(self, shape: Shape) -> tuple[int, ...]:
+        """Return the number of channels."""
         return (shape[self.axis],)
 
     def regions(self, shape: Shape, elements: int) -> Iterator[Region]:
+        """Cut into bands of channels."""
         for part, stored in super().regions(shape, elements):
             yield part, (part[self.axis] if stored[self.axis] != ALL else ALL,)
 

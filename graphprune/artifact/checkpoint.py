@@ -1,0 +1,174 @@
+"""Save a Program and load it again, without pickle: weights as safetensors, structure as the recipe that made it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from graphprune.artifact.files import PROGRAM, written_folder
+from graphprune.errors import GraphPruneError, RecipeError
+from graphprune.ir.interface import Fill
+from graphprune.ir.program import Program, Source
+from graphprune.ir.trace import trace
+from graphprune.pipeline.manager import PassManager
+from graphprune.pipeline.recipe import Recipe
+
+_FORMAT = 1
+_WEIGHTS = "model.safetensors"
+_CONFIG = "config.json"
+
+
+def save_program(program: Program, folder: Path | str, *, overwrite: bool = False) -> Path:
+    """Write a Program to a folder: ``program.json``, ``model.safetensors`` and, where the source has one, ``config.json``.
+
+    Args:
+        program: Any Program.
+        folder: Replaced as a whole where graphprune wrote it.
+        overwrite: Replace a folder with other content too.
+
+    Returns:
+        The folder.
+
+    Raises:
+        GraphPruneError: The folder cannot be written.
+    """
+    record = {
+        "format": _FORMAT,
+        "source": asdict(program.source),
+        "fills": {item.name: asdict(item.fill) for item in program.interface.inputs if item.fill is not None},
+        "dynamic": {
+            item.name: [dim for dim, size in enumerate(item.shape) if isinstance(size, str)]
+            for item in program.interface.inputs
+        },
+        "passes": list(program.history),
+        "training": program.training,
+    }
+    config = getattr(program, "config", None)
+    if config is not None:
+        record["config_class"] = f"{type(config).__module__}:{type(config).__qualname__}"
+        record["attention"] = getattr(config, "_attn_implementation", None)
+    with written_folder(folder, overwrite=overwrite) as temporary:
+        (temporary / PROGRAM).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        state = {name: value.detach().cpu().contiguous() for name, value in program.state_dict().items()}
+        safetensors.torch.save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
+        if config is not None:
+            (temporary / _CONFIG).write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+    return Path(folder)
+
+
+def load_program(folder: Path | str, model: nn.Module | None = None) -> Program:
+    """Load a saved Program: build its source, trace it, replay its passes, load its weights.
+
+    Args:
+        folder: Where ``save_program`` wrote.
+        model: A module like the source, for sources that have neither a Hugging Face config nor a factory.
+
+    Returns:
+        The Program, in the mode it was saved in.
+
+    Raises:
+        GraphPruneError: The folder is no saved Program or is damaged, or its source cannot be built.
+    """
+    folder = Path(folder)
+    record = _read(folder)
+    source = Source(**record["source"])
+    built = model if model is not None else _build(folder, record, source)
+    inputs = {
+        name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+        for name, entry in source.trace["inputs"].items()  # type: ignore[attr-defined]
+    }
+    shapes = {name: {dim: torch.export.Dim.AUTO for dim in dims} for name, dims in record["dynamic"].items()}
+    constants: Mapping[str, Any] = source.trace["constants"]  # type: ignore[assignment]
+    program = trace(built, inputs, shapes, factory=source.factory, check=False, **constants)
+    fills = {name: Fill(**entry) for name, entry in record["fills"].items()}
+    inputs_with_fills = tuple(replace(item, fill=fills.get(item.name)) for item in program.interface.inputs)
+    program.interface = replace(program.interface, inputs=inputs_with_fills)
+    program.source = source
+    program.recompile()
+    kept = _unsaved_buffers(program)
+    ties = _ties(program)
+    program = program.to("meta")
+    program = PassManager(Recipe.of(record["passes"]).passes).run(program, in_place=True).program
+    _load_weights(program, folder / _WEIGHTS)
+    for name, tensor in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        program.get_submodule(owner).register_buffer(leaf, tensor, persistent=False)
+    for name, first in ties.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(program.get_submodule(owner), leaf, program.get_parameter(first))
+    program.train(bool(record["training"]))
+    return program
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / PROGRAM
+    if not path.is_file():
+        raise GraphPruneError(f"{folder} is no saved Program: it has no {PROGRAM}; graphprune.save writes one")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GraphPruneError(f"{path} cannot be read: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != _FORMAT:
+        raise GraphPruneError(f"{path} has format {record.get('format')!r}, this version reads {_FORMAT}")
+    return record
+
+
+def _resolve(path: str) -> Any:
+    module, _, name = path.partition(":")
+    try:
+        value: Any = importlib.import_module(module)
+        for part in name.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        raise GraphPruneError(f"cannot import {path}: {error}; install what defines it, or pass model=") from error
+    return value
+
+
+def _build(folder: Path, record: Mapping[str, Any], source: Source) -> nn.Module:
+    if source.factory is not None:
+        return _resolve(source.factory)()  # type: ignore[no-any-return]
+    if "config_class" not in record or not source.model.startswith("transformers."):
+        raise GraphPruneError(
+            f"the source {source.model} has no Hugging Face config; load it with model=, or trace it with factory="
+        )
+    config = _resolve(record["config_class"]).from_dict(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
+    if record.get("attention"):
+        config._attn_implementation = record["attention"]
+    return _resolve(source.model)(config)  # type: ignore[no-any-return]
+
+
+def _unsaved_buffers(program: Program) -> dict[str, torch.Tensor]:
+    saved = set(program.state_dict())
+    return {name: value for name, value in program.named_buffers() if name not in saved}
+
+
+def _ties(program: Program) -> dict[str, str]:
+    first: dict[int, str] = {}
+    ties = {}
+    for name, value in program.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(value), name) != name:
+            ties[name] = first[id(value)]
+    return ties
+
+
+def _load_weights(program: Program, path: Path) -> None:
+    try:
+        state = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise GraphPruneError(f"{path} cannot be read: {error}") from error
+    expected = program.state_dict()
+    odd = sorted(set(state) ^ set(expected))
+    if odd:
+        raise RecipeError(f"{path} does not fit the replayed passes, for example {odd[0]}; the folder is incomplete or edited")
+    for name, value in state.items():
+        if value.shape != expected[name].shape:
+            raise RecipeError(f"{path}: {name} has shape {tuple(value.shape)}, the Program {tuple(expected[name].shape)}")
+    program.load_state_dict(state, assign=True)

@@ -1,0 +1,143 @@
+"""Lower a Program to a target, measure what was written, and verify it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphprune.artifact.files import sha256, written_folder
+from graphprune.artifact.manifest import FORMAT, FileEntry, Manifest, SiteEntry, versions
+from graphprune.artifact.samples import make_inputs, run_program, write_samples
+from graphprune.artifact.verification import measure_parity, measure_site, verify
+from graphprune.errors import LoweringError, VerifyError
+from graphprune.ir.masking import Masking, Pruned, masked_sites
+from graphprune.ir.program import Program
+from graphprune.ir.properties import Property
+from graphprune.ir.sites import find_sites
+from graphprune.pipeline.manager import PassManager
+from graphprune.pipeline.recipe import Recipe
+from graphprune.pipeline.registry import make_target
+from graphprune.pipeline.target import Target
+from graphprune.sparsity.layout import to_logical
+
+_TOLERANCE = {"float": 1e-4, "quantized": 5e-2}  # of the outputs' largest value
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A lowered model on disk, and what is said of it."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def export(
+    program: Program,
+    target: str | Target = "onnx",
+    out: Path | str = "out",
+    *,
+    processor: Any | None = None,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+) -> Artifact:
+    """Lower a Program, measure the lowered file, and verify it.
+
+    Args:
+        program: Any Program; it is left as it is.
+        target: Name of a target, or a target with its options.
+        out: Folder of the artifact; one that graphprune wrote is replaced as a whole.
+        processor: Tokenizer or image processor to save beside the model (anything with ``save_pretrained``).
+        tolerance: Largest allowed difference to the Program's outputs, as a fraction of their largest value. Default: 1e-4
+            in float; 5e-2 where activations are quantized, because a rounding that falls the other way moves a value by
+            one quantization step.
+        overwrite: Replace a folder with other content too.
+
+    Returns:
+        The artifact.
+
+    Raises:
+        LoweringError: The target cannot express the Program, or its libraries are not installed.
+        VerifyError: What was written is not what the Program is; nothing is left in ``out``.
+        PassError: A legalizing pass refused, for example because training did not reach the target sparsity.
+    """
+    goal = make_target(target) if isinstance(target, str) else target
+    lacking = goal.requires & ~program.properties
+    if lacking:
+        raise LoweringError(f"target {goal.name} requires {lacking}; run the pass that establishes it first")
+    legal = _legalize(program, goal)
+    with written_folder(out, overwrite=overwrite) as folder:
+        lowered = goal.lower(legal, folder)
+        dropped = frozenset(legal.interface.names) - frozenset(lowered.inputs)
+        if dropped:
+            legal.drop_inputs(dropped)
+        inputs = make_inputs(legal)
+        outputs = [run_program(legal, sample, lowered.outputs) for sample in inputs]
+        write_samples(folder, inputs, outputs)
+        _write_companions(folder, legal, processor)
+        scale = max(float(np.abs(value[np.isfinite(value)]).max(initial=0.0)) for item in outputs for value in item.values())
+        kind = "quantized" if Property.FAKE_QUANT in legal.properties else "float"
+        allowed = (_TOLERANCE[kind] if tolerance is None else tolerance) * max(scale, 1e-6)
+        manifest = Manifest(
+            format=FORMAT,
+            target=goal.name,
+            options=json.loads(json.dumps(vars(goal), default=str)),
+            recipe=",".join(legal.history),
+            versions=dict(versions()),
+            model=program.source.model,
+            inputs=list(lowered.inputs),
+            outputs=list(lowered.outputs),
+            files=[
+                FileEntry(name=str(path.relative_to(folder)), bytes=path.stat().st_size, sha256=sha256(path))
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            ],
+            sites=_measure_sites(legal, goal, folder),
+            parity=measure_parity(goal, folder, allowed),
+            coverage={key: list(names) for key, names in lowered.coverage.items()},
+        )
+        manifest.write(folder)
+        try:
+            verify(folder)
+        except VerifyError as error:
+            raise VerifyError(str(error).replace(str(folder), f"the {goal.name} export"), *error.args[1:]) from None
+    return Artifact(Path(out), manifest)
+
+
+def _legalize(program: Program, target: Target) -> Program:
+    """A copy in eval mode on the CPU, after the target's passes; those that find nothing to do are left out."""
+    legal = copy.deepcopy(program).to("cpu")
+    legal.eval()
+    for step in Recipe.of(list(target.legalize)).passes:
+        if not step.requires & ~legal.properties and not step.establishes & legal.properties:
+            legal = PassManager((step,)).run(legal, in_place=True).program
+    return legal
+
+
+def _measure_sites(program: Program, target: Target, folder: Path) -> list[SiteEntry]:
+    sites, _ = find_sites(program)
+    stored = target.weights(folder, {site.name: site.layout.value for site in sites})
+    masks = {site.name: site.decision for site in masked_sites(program)}
+    entries = []
+    for site in sites:
+        if site.name not in stored:
+            raise LoweringError(f"{site.name} cannot be found in the file that target {target.name} wrote")
+        node = program.attribute(site.name)
+        record = program.annotation(node, Pruned) if node is not None else None
+        decision: Masking | Pruned | None = record or masks.get(site.name)
+        pruned = (to_logical(program.tensor(site.name).detach(), site.layout) == 0).numpy()
+        pattern = decision.pattern if decision is not None else None
+        entries.append(measure_site(site.name, site.layout.value, pattern, stored[site.name], pruned))
+    return entries
+
+
+def _write_companions(folder: Path, program: Program, processor: Any | None) -> None:
+    config = getattr(program, "config", None)
+    if config is not None:
+        (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
+    if processor is not None:
+        processor.save_pretrained(folder)

@@ -1,0 +1,262 @@
+"""Look at a model before pruning it: which weights can be pruned, which cannot and why, and what each costs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+from graphprune.ir import ops
+from graphprune.ir.examples import default_inputs
+from graphprune.ir.program import Program
+from graphprune.ir.selection import Selection
+from graphprune.ir.sites import Excluded, Site
+from graphprune.ir.trace import trace
+from graphprune.sparsity.pattern_base import Pattern
+from graphprune.sparsity.patterns import parse_pattern
+
+PATTERNS = ("unstructured", "4x1", "2:4", "channelx1", "1xchannel")
+"""Patterns that ``inspect`` tries unless it is told others."""
+
+_BATCH = 2
+_LENGTH = 128
+_WIDTH = 10_000  # plain text is never cut: columns are as wide as their widest entry
+
+
+@dataclass(frozen=True)
+class InspectedSite:
+    """One prunable weight.
+
+    Attributes:
+        name: The parameter's dotted name.
+        op: Operator that uses it, such as ``linear``.
+        shape: Logical shape ``(out, in * kernel)``.
+        parameters: Number of weights.
+        macs: Multiply-accumulates of one example of the traced size, over all uses.
+        sparsity: Measured fraction of zeros in [0, 1], masked entries included; None without weights (meta device).
+        patterns: Sparsity patterns that divide the weight exactly.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, int]
+    parameters: int
+    macs: int
+    sparsity: float | None
+    patterns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a model.
+
+    Attributes:
+        sites: Number of prunable weights.
+        excluded: Number of weights left out.
+        parameters: All parameters of the model, tied ones once.
+        prunable_parameters: Parameters in sites.
+        macs: Multiply-accumulates of one example, in sites.
+        sparsity: Fraction of zeros over all sites in [0, 1]; None without weights.
+    """
+
+    sites: int
+    excluded: int
+    parameters: int
+    prunable_parameters: int
+    macs: int
+    sparsity: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``inspect`` found. Prints as a table.
+
+    Attributes:
+        model: Name of the model's class, in snake case.
+        inputs: Shape of each traced input; the first size is the batch, which ``macs`` are divided by.
+        sites: Prunable weights in the order of the graph.
+        excluded: Weights left out, each with the reason.
+        totals: Sums.
+    """
+
+    model: str
+    inputs: Mapping[str, tuple[int, ...]]
+    sites: tuple[InspectedSite, ...]
+    excluded: tuple[Excluded, ...]
+    totals: Totals
+
+    def to_dict(self) -> dict[str, object]:
+        """The inspection as plain data for JSON."""
+        return {
+            "model": self.model,
+            "inputs": {name: list(shape) for name, shape in self.inputs.items()},
+            "sites": [{**asdict(site), "shape": list(site.shape), "patterns": list(site.patterns)} for site in self.sites],
+            "excluded": [{"name": item.name, "reason": item.reason} for item in self.excluded],
+            "totals": asdict(self.totals),
+        }
+
+    def __rich__(self) -> Group:
+        return Group(self._sites_table(), self._excluded_table(), escape(self._summary()))
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, legacy_windows=False)
+        console.print(self)
+        assert isinstance(console.file, io.StringIO)
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+    def _sites_table(self) -> Table:
+        table = _table("prunable weight", "op", "out x in", "parameters", "MACs", "sparsity", "patterns that fit")
+        for column in table.columns[2:6]:
+            column.justify = "right"
+        for site in self.sites:
+            table.add_row(
+                escape(site.name),
+                site.op,
+                f"{site.shape[0]}x{site.shape[1]}",
+                f"{site.parameters:,}",
+                f"{site.macs:,}",
+                _fraction(site.sparsity),
+                " ".join(site.patterns),
+            )
+        return table
+
+    def _excluded_table(self) -> Table:
+        table = _table("left out", "reason")
+        for item in self.excluded:
+            table.add_row(escape(item.name), escape(item.reason))
+        return table
+
+    def _summary(self) -> str:
+        totals = self.totals
+        share = totals.prunable_parameters / totals.parameters if totals.parameters else 0.0
+        example = ", ".join(f"{name} {'x'.join(map(str, shape[1:]))}" for name, shape in self.inputs.items())
+        return (
+            f"{self.model}: {totals.sites} prunable weights with {totals.prunable_parameters:,} of {totals.parameters:,} "
+            f"parameters ({share:.3f}), sparsity {_fraction(totals.sparsity)}, {totals.macs:,} MACs for one example "
+            f"({example}); {totals.excluded} left out"
+        )
+
+
+def inspect(
+    model: nn.Module | Program,
+    example_inputs: Mapping[str, object] | tuple[object, ...] | Tensor | None = None,
+    *,
+    select: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    ops: Iterable[str] = (),
+    include_last: bool = False,
+    patterns: Iterable[str] = PATTERNS,
+    **constants: object,
+) -> Inspection:
+    """List the weights of a model that can be pruned, and those that cannot, with the reason.
+
+    Nothing is changed and no forward pass is run, so a model on the meta device (no weights at all) will do.
+
+    Args:
+        model: A module, which is traced with fixed sizes, or a Program.
+        example_inputs: As for ``trace``. Default: a Hugging Face model's own, batch 2, up to 128 tokens.
+        select: Names to take: globs or ``re:`` expressions over module or parameter names. Empty takes all.
+        exclude: Names to leave out, in the same form.
+        ops: Operators to take, such as ``linear``. Empty takes all.
+        include_last: Take the last layer before the output too.
+        patterns: Sparsity patterns to try on each weight.
+        **constants: Arguments of ``forward`` that are no tensors.
+
+    Returns:
+        Sites, exclusions and totals.
+
+    Raises:
+        TraceError: The model cannot be traced.
+        RecipeError: A name or operator matches nothing.
+        SparsityError: ``patterns`` names an unknown pattern.
+    """
+    tried = {text: parse_pattern(text) for text in patterns}
+    selection = Selection(tuple(select), tuple(exclude), tuple(ops), include_last)
+    program = model if isinstance(model, Program) else _trace_static(model, example_inputs, constants)
+    chosen, excluded = selection.split(program)
+    zeros = _count_zeros(program, chosen)
+    sites = tuple(_inspected(site, zeros[site.name], tried) for site in chosen)
+    prunable = sum(site.parameters for site in sites)
+    known = [count for count in zeros.values() if count is not None]
+    totals = Totals(
+        sites=len(sites),
+        excluded=len(excluded),
+        parameters=sum(parameter.numel() for parameter in program.parameters()),
+        prunable_parameters=prunable,
+        macs=sum(site.macs for site in sites),
+        sparsity=sum(known) / prunable if prunable and len(known) == len(sites) else None,
+    )
+    return Inspection(program.name, _input_shapes(program), sites, excluded, totals)
+
+
+@torch.no_grad()
+def _trace_static(
+    model: nn.Module,
+    example_inputs: Mapping[str, object] | tuple[object, ...] | Tensor | None,
+    constants: Mapping[str, object],
+) -> Program:
+    """Trace with fixed sizes and without comparing outputs: nothing is computed, and it is several times faster."""
+    inputs = example_inputs if example_inputs is not None else default_inputs(model, _BATCH, _length(model))
+    return trace(model, inputs, {}, check=False, **constants)  # type: ignore[arg-type]
+
+
+def _length(model: nn.Module) -> int:
+    """Tokens in an example; some position tables start at an offset, so half of one is always inside it."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return max(1, min(_LENGTH, positions // 2)) if isinstance(positions, int) and positions > 0 else _LENGTH
+
+
+def _inspected(site: Site, zeros: int | None, tried: Mapping[str, Pattern]) -> InspectedSite:
+    return InspectedSite(
+        name=site.name,
+        op=site.op,
+        shape=site.shape,
+        parameters=site.parameters,
+        macs=site.macs,
+        sparsity=None if zeros is None else zeros / max(site.parameters, 1),
+        patterns=tuple(text for text, pattern in tried.items() if pattern.misfit(site.shape) is None),
+    )
+
+
+@torch.no_grad()
+def _count_zeros(program: Program, sites: Iterable[Site]) -> dict[str, int | None]:
+    """Zeros of each weight, masked entries included; None on the meta device."""
+    masks = {
+        str(node.args[0].target): program.tensor(str(node.args[1].target))
+        for node in program.calls(ops.mask)
+        if isinstance(node.args[0], fx.Node) and isinstance(node.args[1], fx.Node)
+    }
+    counts: dict[str, int | None] = {}
+    for site in sites:
+        weight, mask = program.tensor(site.name), masks.get(site.name)
+        if weight.is_meta:
+            counts[site.name] = None
+        elif mask is None:
+            counts[site.name] = weight.numel() - int(torch.count_nonzero(weight))
+        else:
+            counts[site.name] = weight.numel() - int(torch.count_nonzero((weight != 0) & mask))
+    return counts
+
+
+def _input_shapes(program: Program) -> dict[str, tuple[int, ...]]:
+    """Shapes that the Program was traced with."""
+    traced = program.source.trace.get("inputs", {})
+    assert isinstance(traced, Mapping)
+    return {name: tuple(traced[name]["shape"]) for name in program.interface.names if name in traced}
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    return table
+
+
+def _fraction(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

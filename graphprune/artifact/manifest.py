@@ -1,0 +1,118 @@
+"""The manifest: what an artifact is said to be, measured when it was written, checked again by ``verify``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from graphprune.artifact.files import MANIFEST
+from graphprune.errors import VerifyError
+
+FORMAT = 1
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class FileEntry(_Entry):
+    """One file of the artifact."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class SiteEntry(_Entry):
+    """One prunable weight, as measured on the lowered file.
+
+    Attributes:
+        name: The source's parameter name.
+        layout: ``out_in``, ``in_out`` or ``conv``.
+        pattern: The sparsity pattern that it was pruned to, None if it was not.
+        sparsity: Fraction of weights in fully pruned units of the pattern (of zeros, where there is no pattern).
+        zeros: Number of stored weights that are zero.
+        zeros_sha256: SHA-256 of the packed bitmap of zeros, rows of the logical ``[out, in * kernel]`` first.
+        pattern_holds: The stored zeros hold every unit that the Program had pruned; None without a pattern.
+        zeros_at_zero_point: Every weight that is zero in the Program is stored as zero (as its zero-point, if quantized).
+        stored: Number format in the file, such as ``float32`` or ``int8``.
+    """
+
+    name: str
+    layout: str
+    pattern: str | None
+    sparsity: float
+    zeros: int
+    zeros_sha256: str
+    pattern_holds: bool | None
+    zeros_at_zero_point: bool
+    stored: str
+
+
+class Parity(_Entry):
+    """How far the lowered model's outputs are from the Program's, on the stored samples."""
+
+    max_abs: float
+    tolerance: float
+    worst_node: str
+
+
+class Manifest(_Entry):
+    """Everything that is said of an artifact."""
+
+    format: int
+    target: str
+    options: dict[str, Any]
+    recipe: str
+    versions: dict[str, str]
+    model: str
+    inputs: list[str]
+    outputs: list[str]
+    files: list[FileEntry]
+    sites: list[SiteEntry]
+    parity: Parity
+    coverage: dict[str, list[str]]
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json``."""
+        (folder / MANIFEST).write_text(json.dumps(self.model_dump(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read ``manifest.json``.
+
+        Raises:
+            VerifyError: It is missing or damaged.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise VerifyError(f"{folder} is no artifact: it has no {MANIFEST}; graphprune export writes one")
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (ValidationError, ValueError, OSError) as error:
+            detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise VerifyError(f"{path} is damaged: {detail}; export the artifact again") from None
+
+
+def digest_of_zeros(zeros: np.ndarray) -> str:
+    """SHA-256 of a bool matrix, packed eight entries a byte."""
+    return hashlib.sha256(np.packbits(np.ascontiguousarray(zeros)).tobytes()).hexdigest()
+
+
+def versions() -> Mapping[str, str]:
+    """Versions of Python and of the libraries that shape an artifact, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("graphprune", "torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,213 @@
+"""Check an artifact from its files alone: they are whole, sparse as stated, and compute what the Program computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from graphprune.artifact.files import MANIFEST, sha256
+from graphprune.artifact.manifest import Manifest, Parity, SiteEntry, digest_of_zeros
+from graphprune.artifact.samples import Arrays, read_samples
+from graphprune.errors import VerifyError
+from graphprune.pipeline.registry import make_target
+from graphprune.pipeline.target import StoredWeight, Target
+from graphprune.sparsity.grouped import NM
+from graphprune.sparsity.patterns import parse_pattern
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Outcome of a verification; ``str`` and rich print it as a table."""
+
+    folder: Path
+    manifest: Manifest
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.folder} ({self.manifest.target})", title_justify="left")
+        for column in ("check", "result", "detail"):
+            table.add_column(column)
+        for check in self.checks:
+            table.add_row(check.name, "[green]passed" if check.passed else "[red]FAILED", check.detail)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=140, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def verify(folder: Path | str) -> Report:
+    """Repeat every check of an artifact from its files alone.
+
+    Checked are: each file's size and SHA-256 and that no file is missing; for each site the measured sparsity, the pattern and the
+    bitmap of zeros; and that the lowered model gives the stored outputs for the stored inputs.
+
+    Args:
+        folder: An artifact.
+
+    Returns:
+        The report, where all checks passed.
+
+    Raises:
+        VerifyError: A check failed; the message lists every failure, with the sites' names.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise VerifyError(f"{folder} is no folder; give the folder that graphprune export wrote")
+    manifest = Manifest.read(folder)
+    target = make_target(manifest.target, manifest.options)
+    files, missing = _check_files(folder, manifest)
+    checks = [files]
+    if not missing:
+        checks.append(_check_sites(target, folder, manifest))
+        checks.append(_check_parity(target, folder, manifest))
+    report = Report(folder, manifest, tuple(checks))
+    if not report.passed:
+        failures = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
+        raise VerifyError(f"{folder} does not hold what its manifest says: " + "; ".join(failures))
+    return report
+
+
+def _check_files(folder: Path, manifest: Manifest) -> tuple[Check, list[str]]:
+    missing = [entry.name for entry in manifest.files if not (folder / entry.name).is_file()]
+    changed = [
+        entry.name for entry in manifest.files if entry.name not in missing and sha256(folder / entry.name) != entry.sha256
+    ]
+    known = {entry.name for entry in manifest.files} | {MANIFEST}
+    extra = sorted(path.name for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in known)
+    problems = [f"{name} is missing" for name in missing] + [f"{name} was changed" for name in changed]
+    problems += [f"{name} is not in the manifest" for name in extra]
+    detail = "; ".join(problems) or f"{len(manifest.files)} files as listed"
+    return Check("files", not problems, detail), missing
+
+
+def _check_sites(target: Target, folder: Path, manifest: Manifest) -> Check:
+    try:
+        stored = target.weights(folder, {site.name: site.layout for site in manifest.sites})
+    except VerifyError:
+        raise
+    except Exception as error:  # a damaged file makes its reader fail in any way
+        return Check("sparsity", False, f"the model file cannot be read: {error}")
+    problems = []
+    for site in manifest.sites:
+        if site.name not in stored:
+            problems.append(f"{site.name} is not in the file")
+            continue
+        zeros = stored[site.name].zeros
+        measured = measure(zeros, site.pattern)
+        if abs(measured - site.sparsity) > 1e-12 or int(zeros.sum()) != site.zeros:
+            problems.append(f"{site.name}: measured sparsity {measured:.6f}, stated {site.sparsity:.6f}")
+        elif digest_of_zeros(zeros) != site.zeros_sha256:
+            problems.append(f"{site.name}: zeros lie at other places than stated")
+        if site.pattern is not None and not site.pattern_holds:
+            problems.append(f"{site.name}: pattern {site.pattern} does not hold")
+        if not site.zeros_at_zero_point:
+            problems.append(f"{site.name}: a pruned weight is stored as something else than zero")
+    total = sum(stored[site.name].values.size for site in manifest.sites if site.name in stored and site.pattern)
+    zero = sum(site.sparsity * stored[site.name].values.size for site in manifest.sites if site.name in stored and site.pattern)
+    detail = f"{len(manifest.sites)} sites measured" + (f", {zero / total:.4f} over the pruned ones" if total else "")
+    return Check("sparsity", not problems, "; ".join(problems) or detail)
+
+
+def _check_parity(target: Target, folder: Path, manifest: Manifest) -> Check:
+    try:
+        measured = measure_parity(target, folder, manifest.parity.tolerance)
+    except VerifyError as error:
+        return Check("parity", False, str(error))
+    except Exception as error:  # a damaged file makes its runtime fail in any way
+        return Check("parity", False, f"the model does not run: {error}")
+    detail = f"largest difference {measured.max_abs:.3g} at {measured.worst_node}, tolerance {measured.tolerance:.3g}"
+    return Check("parity", measured.max_abs <= manifest.parity.tolerance, detail)
+
+
+def measure(zeros: np.ndarray, pattern: str | None) -> float:
+    """Fraction of weights in fully pruned units of a pattern; of zeros, where there is none."""
+    if pattern is None:
+        return float(zeros.mean())
+    return parse_pattern(pattern).pattern_sparsity(torch.from_numpy(zeros))
+
+
+def measure_site(name: str, layout: str, pattern: str | None, weight: StoredWeight, pruned: np.ndarray) -> SiteEntry:
+    """Describe one stored weight.
+
+    Args:
+        name: The site.
+        layout: How the source stores it.
+        pattern: Text of its sparsity pattern, if it was pruned.
+        weight: As read from the lowered file.
+        pruned: Bool ``[out, in * kernel]``: where the Program's weight is zero.
+    """
+    zeros = weight.zeros
+    kept = bool((zeros | ~pruned).all()) if zeros.shape == pruned.shape else False
+    holds = None
+    if pattern is not None:
+        rule = parse_pattern(pattern)
+        holds = measure(zeros, pattern) >= rule.pattern_sparsity(torch.from_numpy(pruned)) - 1e-12
+        if isinstance(rule, NM):
+            holds = holds and rule.holds(torch.from_numpy(~zeros | ~pruned))
+    return SiteEntry(
+        name=name,
+        layout=layout,
+        pattern=pattern,
+        sparsity=measure(zeros, pattern),
+        zeros=int(zeros.sum()),
+        zeros_sha256=digest_of_zeros(zeros),
+        pattern_holds=holds,
+        zeros_at_zero_point=kept,
+        stored=str(weight.values.dtype),
+    )
+
+
+def measure_parity(target: Target, folder: Path, tolerance: float) -> Parity:
+    """Run the lowered model on the stored samples.
+
+    Returns:
+        The largest absolute difference over all samples and outputs, and the output where it is.
+
+    Raises:
+        VerifyError: An output is missing or has another shape.
+    """
+    worst, where = 0.0, ""
+    for inputs, expected in read_samples(folder):
+        difference, name = largest_difference(target.run(folder, inputs), expected)
+        if difference >= worst:
+            worst, where = difference, name
+    return Parity(max_abs=worst, tolerance=tolerance, worst_node=where)
+
+
+def largest_difference(actual: Mapping[str, np.ndarray], expected: Arrays) -> tuple[float, str]:
+    """The largest absolute difference and the output where it is; infinite where only one side is finite."""
+    worst, where = -1.0, ""
+    for name, want in expected.items():
+        have = actual.get(name)
+        if have is None or have.shape != want.shape:
+            raise VerifyError(f"output {name} is {'missing' if have is None else f'of shape {have.shape}, not {want.shape}'}")
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(have.astype(np.float64) - want.astype(np.float64))
+        apart = np.where((have == want) | (np.isnan(have) & np.isnan(want)), 0.0, np.where(np.isnan(apart), np.inf, apart))
+        largest = float(apart.max(initial=0.0))
+        if largest > worst:
+            worst, where = largest, name
+    return max(worst, 0.0), where

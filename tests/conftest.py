@@ -1,0 +1,41 @@
+"""Settings for every test: offline, one thread, and golden files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+_GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="rewrite tests/golden/ with what the tests produce")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with ``tests/golden/<name>.txt``: ``golden("mlp", text)``; ``--update-goldens`` rewrites it."""
+    update = bool(request.config.getoption("--update-goldens"))
+
+    def compare(name: str, text: str) -> None:
+        path = _GOLDEN / f"{name}.txt"
+        text = text.rstrip("\n") + "\n"
+        if update:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        command = f"pytest '{request.node.nodeid}' --update-goldens"
+        if not path.exists():
+            pytest.fail(f"tests/golden/{name}.txt does not exist; write it with: {command}", pytrace=False)
+        assert text == path.read_text(encoding="utf-8"), f"differs from tests/golden/{name}.txt; if wanted: {command}"
+
+    return compare
