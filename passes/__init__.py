@@ -6,6 +6,16 @@ from graphprune.passes.fold_masks import FoldMasks
 from graphprune.passes.freeze_quant import FreezeQuant
 from graphprune.passes.insert_fake_quant import InsertFakeQuant
 from graphprune.passes.insert_masks import InsertMasks
+from graphprune.passes.keep_outputs import KeepOutputs
 from graphprune.passes.remove_dead import RemoveDead
 
-__all__ = ["FindPrunable", "FoldConvBn", "FoldMasks", "FreezeQuant", "InsertFakeQuant", "InsertMasks", "RemoveDead"]
+__all__ = [
+    "FindPrunable",
+    "FoldConvBn",
+    "FoldMasks",
+    "FreezeQuant",
+    "InsertFakeQuant",
+    "InsertMasks",
+    "KeepOutputs",
+    "RemoveDead",
+]

@@ -63,6 +63,9 @@ def _obstacle(program: Program, node: fx.Node, convolution: object) -> str | Non
     masked = [user for user in weight.users if user.target is ops.mask]
     if uses or any(len(item.users) > 1 for item in masked):
         return "the convolution's weight is used elsewhere too"
+    bias = convolution.args[2] if len(convolution.args) > 2 else None
+    if isinstance(bias, fx.Node) and len(bias.users) > 1:
+        return "the convolution's bias is used elsewhere too"
     if not all(isinstance(item, fx.Node) for item in node.args[3:5]):
         return "it has no running statistics"
     return None
@@ -84,16 +87,22 @@ def _fold(program: Program, node: fx.Node, convolution: fx.Node) -> str:
         tensor = program.tensor(str(bias.target))
         tensor.copy_(tensor * factor + shift)
     else:
-        bias_name = f"{weight_name.rpartition('.')[0]}.bias".lstrip(".")
-        owner = program.get_submodule(weight_name.rpartition(".")[0])
-        owner.register_parameter("bias", nn.Parameter(shift.to(weight.dtype)))
         with program.graph.inserting_before(convolution):
-            added = program.graph.create_node("get_attr", bias_name)
+            added = program.graph.create_node("get_attr", _add_bias(program, weight_name, shift.to(weight.dtype)))
         added.meta["val"] = shift.to("meta", weight.dtype)
         convolution.args = (*convolution.args[:2], added, *convolution.args[3:])
     node.replace_all_uses_with(convolution)
     program.graph.erase_node(node)
     return weight_name
+
+
+def _add_bias(program: Program, weight_name: str, value: torch.Tensor) -> str:
+    """Register a bias as ``bias`` beside its weight, or as ``<weight>_bias`` where the module has one of that name."""
+    module, _, leaf = weight_name.rpartition(".")
+    owner = program.get_submodule(module)
+    name = "bias" if leaf == "weight" and getattr(owner, "bias", None) is None else f"{leaf}_bias"
+    owner.register_parameter(name, nn.Parameter(value))
+    return f"{module}.{name}" if module else name
 
 
 def _drop_counters(program: Program) -> None:

@@ -33,10 +33,11 @@ class FreezeQuant(Pass):
         """Remove observers, recompute weight scales and round weights in place."""
         masks = {site.name: site.mask for site in masked_sites(program)}
         observers = list(program.calls(ops.observe))
+        observed = {str(node.args[3].target) for node in observers if isinstance(node.args[3], torch.fx.Node)}
         frozen = []
-        for node, decision in quantizers(program):
-            if not observers:
-                break
+        for _, decision in quantizers(program):
+            if f"{decision.prefix}_scale" not in observed:
+                continue  # frozen before
             if program.tensor(f"{decision.prefix}_scale").is_meta:
                 pass  # a structure without values, as when a saved Program is rebuilt
             elif decision.weight:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphprune.ir.program import Program
+from graphprune.ir.program import Program, eliminate_dead
 from graphprune.pipeline.base import Pass, PassResult
 
 
@@ -20,7 +20,5 @@ class RemoveDead(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Erase dead nodes until none is left."""
-        before = len(program.graph.nodes)
-        program.graph.eliminate_dead_code()
-        removed = before - len(program.graph.nodes)
+        removed = eliminate_dead(program.graph)
         return PassResult(program, changed=removed > 0, stats={"nodes-removed": removed})

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, fx, nn
 
-from graphprune.ir import ops
+from graphprune.ir import ops as custom_ops
 from graphprune.ir.examples import default_inputs
 from graphprune.ir.program import Program
 from graphprune.ir.selection import Selection
@@ -96,13 +96,15 @@ class Inspection:
         return {
             "model": self.model,
             "inputs": {name: list(shape) for name, shape in self.inputs.items()},
-            "sites": [{**asdict(site), "shape": list(site.shape), "patterns": list(site.patterns)} for site in self.sites],
-            "excluded": [{"name": item.name, "reason": item.reason} for item in self.excluded],
+            "sites": [
+                {**asdict(site), "shape": list(site.shape), "patterns": list(site.patterns)} for site in self.sites
+            ],
+            "excluded": [asdict(item) for item in self.excluded],
             "totals": asdict(self.totals),
         }
 
     def __rich__(self) -> Group:
-        return Group(self._sites_table(), self._excluded_table(), escape(self._summary()))
+        return Group(self._sites_table(), "", self._excluded_table(), "", Text(self._summary()))
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, legacy_windows=False)
@@ -115,8 +117,9 @@ class Inspection:
         for column in table.columns[2:6]:
             column.justify = "right"
         for site in self.sites:
-            table.add_row(
-                escape(site.name),
+            _add(
+                table,
+                site.name,
                 site.op,
                 f"{site.shape[0]}x{site.shape[1]}",
                 f"{site.parameters:,}",
@@ -129,7 +132,7 @@ class Inspection:
     def _excluded_table(self) -> Table:
         table = _table("left out", "reason")
         for item in self.excluded:
-            table.add_row(escape(item.name), escape(item.reason))
+            _add(table, item.name, item.reason)
         return table
 
     def _summary(self) -> str:
@@ -137,9 +140,9 @@ class Inspection:
         share = totals.prunable_parameters / totals.parameters if totals.parameters else 0.0
         example = ", ".join(f"{name} {'x'.join(map(str, shape[1:]))}" for name, shape in self.inputs.items())
         return (
-            f"{self.model}: {totals.sites} prunable weights with {totals.prunable_parameters:,} of {totals.parameters:,} "
-            f"parameters ({share:.3f}), sparsity {_fraction(totals.sparsity)}, {totals.macs:,} MACs for one example "
-            f"({example}); {totals.excluded} left out"
+            f"{self.model}: {totals.sites} prunable weights with {totals.prunable_parameters:,} of "
+            f"{totals.parameters:,} parameters ({share:.3f}), sparsity {_fraction(totals.sparsity)}, "
+            f"{totals.macs:,} MACs for one example ({example}); {totals.excluded} left out"
         )
 
 
@@ -229,7 +232,7 @@ def _count_zeros(program: Program, sites: Iterable[Site]) -> dict[str, int | Non
     """Zeros of each weight, masked entries included; None on the meta device."""
     masks = {
         str(node.args[0].target): program.tensor(str(node.args[1].target))
-        for node in program.calls(ops.mask)
+        for node in program.calls(custom_ops.mask)
         if isinstance(node.args[0], fx.Node) and isinstance(node.args[1], fx.Node)
     }
     counts: dict[str, int | None] = {}
@@ -256,6 +259,10 @@ def _table(*titles: str) -> Table:
     for title in titles:
         table.add_column(title, overflow="fold")
     return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*(Text(cell) for cell in cells))  # as text, since rich reads :name: as an emoji and [..] as markup
 
 
 def _fraction(value: float | None) -> str:

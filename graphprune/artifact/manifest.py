@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class SiteEntry(_Entry):
     Attributes:
         name: The source's parameter name.
         layout: ``out_in``, ``in_out`` or ``conv``.
+        weights: How many weights it has.
         pattern: The sparsity pattern that it was pruned to, None if it was not.
         sparsity: Fraction of weights in fully pruned units of the pattern (of zeros, where there is no pattern).
         zeros: Number of stored weights that are zero.
@@ -48,6 +49,7 @@ class SiteEntry(_Entry):
 
     name: str
     layout: str
+    weights: int
     pattern: str | None
     sparsity: float
     zeros: int
@@ -80,6 +82,19 @@ class Manifest(_Entry):
     sites: list[SiteEntry]
     parity: Parity
     coverage: dict[str, list[str]]
+
+    def sparsity(self, names: Collection[str] | None = None) -> float:
+        """Sparsity over several sites together, each in units of its pattern.
+
+        Args:
+            names: Which sites; None takes those that were pruned.
+
+        Returns:
+            Fraction in [0, 1]; 0 where there are no such sites.
+        """
+        chosen = [site for site in self.sites if (site.pattern is not None if names is None else site.name in names)]
+        total = sum(site.weights for site in chosen)
+        return sum(site.sparsity * site.weights for site in chosen) / total if total else 0.0
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json``."""

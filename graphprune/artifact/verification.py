@@ -125,9 +125,8 @@ def _check_sites(target: Target, folder: Path, manifest: Manifest) -> Check:
             problems.append(f"{site.name}: pattern {site.pattern} does not hold")
         if not site.zeros_at_zero_point:
             problems.append(f"{site.name}: a pruned weight is stored as something else than zero")
-    total = sum(stored[site.name].values.size for site in manifest.sites if site.name in stored and site.pattern)
-    zero = sum(site.sparsity * stored[site.name].values.size for site in manifest.sites if site.name in stored and site.pattern)
-    detail = f"{len(manifest.sites)} sites measured" + (f", {zero / total:.4f} over the pruned ones" if total else "")
+    overall = manifest.sparsity()
+    detail = f"{len(manifest.sites)} sites measured" + (f", {overall:.4f} over the pruned ones" if overall else "")
     return Check("sparsity", not problems, "; ".join(problems) or detail)
 
 
@@ -170,6 +169,7 @@ def measure_site(name: str, layout: str, pattern: str | None, weight: StoredWeig
     return SiteEntry(
         name=name,
         layout=layout,
+        weights=int(zeros.size),
         pattern=pattern,
         sparsity=measure(zeros, pattern),
         zeros=int(zeros.sum()),

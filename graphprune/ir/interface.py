@@ -84,6 +84,28 @@ class Interface:
         """Names of the tensor inputs, in order."""
         return tuple(item.name for item in self.inputs)
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """A name for each tensor of the output, in order: its key, with its index where it lies in a tuple.
+
+        ``logits`` and ``hidden_states_0`` for Hugging Face outputs; ``output``, or ``output_0`` and so on, for plain tensors.
+        """
+        names: dict[int, str] = {}
+
+        def walk(value: object, path: str) -> None:
+            if isinstance(value, int):
+                names[value] = path or "output"
+            elif isinstance(value, Mapping):
+                for key, item in value.items():
+                    walk(item, f"{path}_{key}" if path else str(key))
+            elif isinstance(value, (tuple, list)):
+                for index, item in enumerate(value):
+                    walk(item, f"{path or 'output'}_{index}")
+
+        count = self.output.num_leaves
+        walk(pytree.tree_unflatten(list(range(count)), self.output), "")
+        return tuple(names.get(index, f"output_{index}") for index in range(count))
+
     def without(self, names: frozenset[str]) -> Interface:
         """The interface with some inputs gone for good."""
         return replace(self, inputs=tuple(item for item in self.inputs if item.name not in names))
@@ -126,10 +148,10 @@ class Interface:
             if not isinstance(value, Tensor) and self.constants[name] == value:
                 return
             raise TraceError(f"argument {name!r} was traced as {self.constants[name]!r} and cannot be {value!r} now; trace again")
-        if name not in self.parameters:
-            raise TraceError(f"unknown input {name!r}{suggest(name, self.names)}")
         if name == "return_dict" and value is True:
             return
+        if name not in self.parameters:
+            raise TraceError(f"unknown input {name!r}{suggest(name, self.names)}")
         raise TraceError(
             f"input {name!r} was not traced; traced inputs: {', '.join(self.names)}. "
             f"Trace again with example_inputs that hold it (or labels=True for labels)"

@@ -26,13 +26,12 @@ _TO_WITHOUT_DEVICE = ("aten.to.device", "aten.to.dtype_layout", "aten.to.prim_De
 _DTYPE_OF_RESULT = ("aten.softmax.int", "aten.sum.dim_IntList", "aten.mean.dim", "aten.log_softmax.int", "aten.cumsum.default")
 
 
-def normalize(module: fx.GraphModule, inputs: Iterable[str], constants: Iterable[str], dtype: torch.dtype) -> fx.Graph:
+def normalize(module: fx.GraphModule, inputs: Iterable[str], dtype: torch.dtype) -> fx.Graph:
     """Rewrite the graph of an exported module, in place, into normal form.
 
     Args:
         module: What ``ExportedProgram.module()`` returned.
         inputs: Names of the tensor inputs, those that sizes should be taken from first.
-        constants: Names of the inputs that are no tensors.
         dtype: Float dtype of the model's weights.
 
     Returns:
@@ -43,7 +42,6 @@ def normalize(module: fx.GraphModule, inputs: Iterable[str], constants: Iterable
     drop_assertions(graph)
     inline_regions(module)
     drop_assertions(graph)
-    drop_constant_inputs(graph, frozenset(constants))
     order_inputs(graph, tuple(inputs))
     take_sizes_from_first_input(graph)
     follow_device(graph)
@@ -97,13 +95,6 @@ def _region_result(graph: fx.Graph, value: fx.Node, detach: bool) -> fx.Node:
     node = graph.call_function(aten.detach.default, (value,))
     node.meta = dict(value.meta)
     return node
-
-
-def drop_constant_inputs(graph: fx.Graph, names: frozenset[str]) -> None:
-    """Remove placeholders of arguments that are no tensors; export has baked their values in."""
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and (node.target in names or not isinstance(node.meta.get("val"), Tensor)):
-            graph.erase_node(node)
 
 
 def order_inputs(graph: fx.Graph, names: tuple[str, ...]) -> None:

@@ -67,7 +67,7 @@ def _fake_quantize(
         Dtype and shape of ``x``. Its gradient is passed straight through inside the range and is zero outside
         (Bengio et al., arXiv:1308.3432; Jacob et al., arXiv:1712.05877, section 3).
     """
-    wide = x.float()
+    wide, scale = x.float(), scale.float()
     if axis < 0:
         out = torch.fake_quantize_per_tensor_affine(wide, scale, zero_point, quant_min, quant_max)
     else:
@@ -132,7 +132,7 @@ def _observe(
             )
         return
     kind = parse_scheme(scheme)
-    new_low, new_high = MovingAverageMinMax(kind.axis, momentum).update(low, high, x.detach())
+    new_low, new_high = MovingAverageMinMax(kind.axis, momentum).update(low.float(), high.float(), x.detach())
     new_scale, new_zero_point = choose_qparams(new_low, new_high, kind)
     low.copy_(new_low)
     high.copy_(new_high)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from graphprune.errors import TraceError
+from graphprune.errors import TraceError, suggest
 from graphprune.ir.interface import Interface, named_forward
 from graphprune.ir.properties import Property
 
@@ -92,6 +92,7 @@ class Program(fx.GraphModule):
         """Drop compiled code after the graph changed; it is made anew at the next call."""
         type(self).forward = named_forward(Program.call, self.interface)  # type: ignore[method-assign,assignment]
         self.__dict__["_compiled"] = {}
+        self.__dict__.update(_code="", _lineno_map=None, _prologue_start=0)  # what a GraphModule has, for torch.compile
 
     def call(self, *args: object, **kwargs: object) -> Any:
         """Run the graph as ``forward`` does: bind the arguments, run, and build the source's output object.
@@ -197,6 +198,25 @@ class Program(fx.GraphModule):
         self.interface = self.interface.without(names)
         self.recompile()
 
+    def keep_outputs(self, names: Collection[str]) -> None:
+        """Cut all other outputs, and what only they need, out of the graph for good; they are None from then on.
+
+        Args:
+            names: Among ``interface.output_names``; ``hidden_states`` stands for all of its entries.
+
+        Raises:
+            TraceError: A name is unknown.
+        """
+        known = self.interface.output_names
+        for name in names:
+            if not any(_is_entry(item, name) for item in known):
+                raise TraceError(f"unknown output {name!r}{suggest(name, known)}")
+        leaves = cast(tuple[object, ...], self.output.args[0])
+        kept = [any(_is_entry(item, name) for name in names) for item in known]
+        self.output.args = (tuple(leaf if keep else None for leaf, keep in zip(leaves, kept, strict=True)),)
+        eliminate_dead(self._graph)
+        self.recompile()
+
     def __str__(self) -> str:
         """The text form of the graph; see ``graphprune.ir.printer``."""
         from graphprune.ir.printer import print_program
@@ -206,6 +226,10 @@ class Program(fx.GraphModule):
     def __repr__(self) -> str:
         nodes = len(self._graph.nodes)
         return f"Program({self.name}: {nodes} nodes, inputs {', '.join(self.interface.names)}; {self.properties})"
+
+
+def _is_entry(output: str, name: str) -> bool:
+    return output == name or output.rpartition("_")[0] == name
 
 
 class _Holder(nn.Module):
@@ -264,8 +288,24 @@ def prune_inputs(program: Program, missing: frozenset[str]) -> fx.Graph:
     ]
     graph.output(tuple(kept))
     _copy_output_meta(program.graph, graph)
-    graph.eliminate_dead_code()
+    eliminate_dead(graph)
     return graph
+
+
+def eliminate_dead(graph: fx.Graph) -> int:
+    """Erase nodes that reach no output and change no buffer; unlike FX's own, random ones such as dropout too.
+
+    Returns:
+        How many were erased.
+    """
+    before = len(graph.nodes)
+    graph.eliminate_dead_code(_has_effect)
+    return before - len(graph.nodes)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or (schema is not None and bool(schema.is_mutable))
 
 
 def _copy_output_meta(source: fx.Graph, target: fx.Graph) -> None:

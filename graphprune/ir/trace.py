@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import inspect
 import logging
 import traceback
 from collections.abc import Iterator, Mapping
@@ -55,9 +57,6 @@ def trace(
     """
     was_training = model.training
     signature = source_signature(model)
-    unknown = [name for name in constants if name not in signature]
-    if unknown and not _takes_any_keyword(model):
-        raise TraceError(f"{type(model).__name__}.forward takes no argument {unknown[0]!r}{suggest(unknown[0], signature)}")
     model.eval()
     try:
         inputs, fills = _example(model, example_inputs, labels, constants)
@@ -76,11 +75,10 @@ def trace(
     return program
 
 
-def _takes_any_keyword(model: nn.Module) -> bool:
-    import inspect
-
-    kinds = [item.kind for item in inspect.signature(model.forward).parameters.values()]
-    return inspect.Parameter.VAR_KEYWORD in kinds
+def _keyword_catcher(model: nn.Module) -> str | None:
+    """Name of ``forward``'s ``**kwargs``, if it has one."""
+    parameters = inspect.signature(model.forward).parameters.items()
+    return next((name for name, item in parameters if item.kind is inspect.Parameter.VAR_KEYWORD), None)
 
 
 def _example(
@@ -98,7 +96,7 @@ def _example(
         if isinstance(example_inputs, Tensor):
             example_inputs = (example_inputs,)
         if not isinstance(example_inputs, Mapping):
-            example_inputs = dict(zip(source_signature(model), example_inputs, strict=False))
+            example_inputs = _by_name(model, example_inputs)
         inputs = {}
         for name, value in example_inputs.items():
             if isinstance(value, Tensor):
@@ -109,9 +107,28 @@ def _example(
                 constants.setdefault(name, value)
     if labels and not any("label" in name or name.endswith("_positions") for name in inputs):
         add_labels(model, inputs)
+    _check_arguments(model, {**inputs, **constants})
     order = {name: index for index, name in enumerate(source_signature(model))}
     ordered = sorted(inputs, key=lambda name: ("label" in name or name.endswith("_positions"), order.get(name, 99)))
     return {name: inputs[name].clone() for name in ordered}, fills
+
+
+def _by_name(model: nn.Module, values: tuple[object, ...]) -> dict[str, object]:
+    signature = source_signature(model)
+    if len(values) > len(signature):
+        raise TraceError(f"{len(values)} example inputs given; {type(model).__name__}.forward takes {', '.join(signature)}")
+    return dict(zip(signature, values, strict=False))
+
+
+def _check_arguments(model: nn.Module, arguments: Mapping[str, object]) -> None:
+    signature = source_signature(model)
+    unknown = [name for name in arguments if name not in signature]
+    if unknown and _keyword_catcher(model) is None:
+        raise TraceError(f"{type(model).__name__}.forward takes no argument {unknown[0]!r}{suggest(unknown[0], signature)}")
+    try:
+        inspect.signature(model.forward).bind(**arguments)
+    except TypeError as error:
+        raise TraceError(f"{type(model).__name__}.forward: {error}; give it in example_inputs") from None
 
 
 def _export(
@@ -120,17 +137,39 @@ def _export(
     constants: Mapping[str, object],
     dynamic_shapes: Mapping[str, object] | None,
 ) -> torch.export.ExportedProgram:
-    shapes: dict[str, object] = {name: None for name in constants}
+    shapes = []
     for name, value in inputs.items():
         if dynamic_shapes is not None:
-            shapes[name] = dynamic_shapes.get(name)
+            shapes.append(dynamic_shapes.get(name))
         else:
-            last = 2 if not value.is_floating_point() else 1
-            shapes[name] = {dim: torch.export.Dim.AUTO for dim in range(min(last, value.dim()))}
+            last = 1 if value.is_floating_point() else 2
+            shapes.append({dim: torch.export.Dim.AUTO for dim in range(min(last, value.dim()))})
     try:
-        return torch.export.export(model, (), {**inputs, **constants}, dynamic_shapes=shapes, strict=False)
+        with _bound(model, tuple(inputs), constants):
+            return torch.export.export(model, tuple(inputs.values()), dynamic_shapes=tuple(shapes), strict=False)
     except Exception as error:  # export raises whatever the model's code or its own stages raise
         raise TraceError(_explain(model, error)) from error
+
+
+@contextmanager
+def _bound(model: nn.Module, names: tuple[str, ...], constants: Mapping[str, object]) -> Iterator[None]:
+    """Let ``forward`` take exactly the traced tensors, with the constants filled in, while export looks at it."""
+    original = model.forward
+    patched = model.__dict__.get("forward")
+
+    def forward(*values: Tensor) -> Any:
+        return original(**dict(zip(names, values, strict=True)), **constants)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if patched is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = patched
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
@@ -138,7 +177,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(torch_home) and "graphprune" not in Path(frame.filename).parts[-3:-1]
+        if not frame.filename.startswith((torch_home, __file__, inspect.__file__))
     ]
     where = ""
     if frames:
@@ -164,9 +203,10 @@ def _build(
     module: Any = exported.module()
     spec = exported.call_spec.out_spec
     dtype = next((item.dtype for item in model.parameters() if item.is_floating_point()), torch.float32)
-    graph = normalize(module, inputs, constants, dtype)
+    graph = normalize(module, inputs, dtype)
     root = holder_tree(model)
     _keep_constants(module, root, graph)
+    _merge_tied(root, graph)
     placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
     names = _name_sizes(list(placeholders.values()))
     interface = Interface(
@@ -214,6 +254,22 @@ def _keep_constants(module: fx.GraphModule, root: nn.Module, graph: fx.Graph) ->
             holder.register_buffer(leaf, value.detach().clone(), persistent=False)
 
 
+def _merge_tied(root: nn.Module, graph: fx.Graph) -> None:
+    """Give a tied parameter one node, under the first of its names, which ``named_parameters`` shows too."""
+    first = {id(value): name for name, value in root.named_parameters()}
+    kept: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or node.target == "training":
+            continue
+        owner, _, leaf = node.target.rpartition(".")
+        node.target = first.get(id(getattr(root.get_submodule(owner), leaf)), node.target)
+        if node.target in kept:
+            node.replace_all_uses_with(kept[node.target])
+            graph.erase_node(node)
+        else:
+            kept[node.target] = node
+
+
 def _name_sizes(placeholders: list[fx.Node]) -> dict[str, str]:
     """Letters for dynamic sizes, in order of first appearance: b for the batch, s for the sequence, ..."""
     names: dict[str, str] = {}
@@ -242,7 +298,8 @@ def _buffers_restored(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence export's notes about shapes; what matters of them reaches the caller as an error."""
-    loggers = [logging.getLogger("torch.export"), logging.getLogger("torch._export")]
+    names = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [item.level for item in loggers]
     for item in loggers:
         item.setLevel(logging.ERROR)

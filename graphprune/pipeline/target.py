@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +13,10 @@ import numpy as np
 
 from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
+
+
+Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+"""A loaded model: inputs by name to outputs by name."""
 
 
 class Support(enum.Enum):
@@ -97,7 +101,19 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def run(self, folder: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the lowered model of ``folder`` and return its outputs by name."""
+        """Run the lowered model of ``folder`` once and return its outputs by name."""
+
+    def open(self, folder: Path, threads: int | None = None) -> Run:
+        """Load the lowered model to run it many times.
+
+        Args:
+            folder: An artifact.
+            threads: Threads of the runtime; None leaves its default.
+
+        Returns:
+            A function from inputs by name to outputs by name.
+        """
+        return lambda inputs: self.run(folder, inputs)
 
     @abc.abstractmethod
     def weights(self, folder: Path, layouts: Mapping[str, str]) -> dict[str, StoredWeight]:

@@ -47,7 +47,7 @@ class Session:
         optimizer: Made from ``program.parameters()``.
         total_steps: Optimizer steps of the whole run; fractions of training in the schedule count from it.
         log: File for one JSON object a step (``step``, ``sparsity``, ``loss``), appended to. ``loss`` is that of the
-            Program's own output, or what ``record`` was given.
+            Program's own output (not under ``torch.compile``), or what ``record`` was given.
 
     Attributes:
         step: Optimizer steps taken.
@@ -219,6 +219,8 @@ class Session:
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _after_forward(self, module: nn.Module, arguments: object, output: object) -> None:
+        if torch.compiler.is_compiling():
+            return  # a compiled forward keeps no loss aside; record gives one to the log
         if module.training and torch.is_grad_enabled():
             loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
             if isinstance(loss, Tensor) and loss.numel() == 1:

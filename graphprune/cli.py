@@ -1,0 +1,435 @@
+"""The command line: ``graphprune inspect | transform | export | verify | passes | targets | demo``.
+
+Results go to standard output, everything else to standard error. Exit code 0: done; 2: an error that is explained in
+one message; 130: interrupted. Imports of torch wait until a command needs them, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from graphprune.errors import GraphPruneError, RecipeError, suggest
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from torch import Tensor
+
+    from graphprune.artifact.models import LoadedModel
+    from graphprune.pipeline.instruments import Timing
+    from graphprune.pipeline.manager import Instrument
+    from graphprune.pipeline.recipe import Recipe
+
+_WIDE = 10_000  # columns where output is not a terminal: tables are not folded, so that grep and awk work
+
+
+class _ExplainedGroup(TyperGroup):
+    """Turns expected errors into one message and an exit code, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GraphPruneError as error:
+            _fail(str(error))
+        except BrokenPipeError:
+            raise  # the reader of our output went away; click ends quietly
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}")
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_ExplainedGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make PyTorch and Hugging Face models sparse and small with compiler passes, and prove the result right.",
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="package.module:factory (a function that returns an nn.Module), a folder with config.json with or without "
+        "weights, a config .json, a saved Program, or a Hugging Face hub id.",
+        show_default=False,
+    ),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="NAME=SHAPE[:DTYPE]",
+        help="Example input of a model that brings none, such as x=4x16 or ids=4x8:int64; the first size, the batch, "
+        "is 2 or more. Repeat for each input.",
+    ),
+]
+
+
+def main() -> None:
+    """Run the command line; the console entry point."""
+    try:
+        app(prog_name="graphprune")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"graphprune {version('graphprune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(help="Take only these: a glob over module or weight names, or re: and an expression. Repeatable."),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave these out; same form as --select.")] = None,
+    op: Annotated[
+        list[str] | None, typer.Option(help="Take only this operator: linear, conv2d, ... Repeatable.")
+    ] = None,
+    include_last: Annotated[
+        bool, typer.Option("--include-last", help="Take the last layer before the output too.")
+    ] = False,
+    input_: Inputs = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+) -> None:
+    """List the weights that can be pruned, what each costs, and why the others are left out. Changes nothing.
+
+    [bold]Examples[/]
+
+      graphprune inspect ./my-bert --exclude '*.attention.*'
+      graphprune inspect ./llama-70b/config.json --json    (a config is enough: no weights are needed)
+      graphprune inspect my_package.models:build --input x=4x16
+    """
+    with _quiet_stdout():
+        from graphprune.artifact.inspection import inspect as run_inspection
+
+        loaded = _load(model)
+        found = run_inspection(
+            loaded.model,
+            _example(loaded, input_),
+            select=select or (),
+            exclude=exclude or (),
+            ops=op or (),
+            include_last=include_last,
+        )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        _show(found)
+
+
+@app.command()
+def transform(
+    model: Model,
+    pipeline: Annotated[
+        str | None, typer.Option("--pipeline", "-p", metavar="PIPELINE", help="Passes as text, separated by commas.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Passes as a YAML recipe.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set a variable of the recipe. Repeatable.")
+    ] = None,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Trace with labels, so that the Program returns a loss.")
+    ] = False,
+    input_: Inputs = None,
+    print_after: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PASS|all", help="Write the graph after this pass to standard error. Repeatable."),
+    ] = None,
+    diff: Annotated[bool, typer.Option("--diff", help="Write what each pass changed to standard error.")] = False,
+    dump: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the graph after each pass to a numbered file.")
+    ] = None,
+    time_: Annotated[bool, typer.Option("--time", help="Write the seconds of each pass to standard error.")] = False,
+    reproducer: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="If a pass fails, write the graph and the rest of the recipe here."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Save the Program, for graphprune export.")
+    ] = None,
+) -> None:
+    """Trace a model, run passes on it and print the graph. Without passes, the graph as traced.
+
+    [bold]Examples[/]
+
+      graphprune transform ./my-bert -p 'insert-masks{pattern=4x1,sparsity=0.8},insert-fake-quant'
+      graphprune transform ./my-bert --recipe recipe.yaml --set sparsity=0.9 --diff -o pruned/
+    """
+    with _quiet_stdout():
+        from graphprune.artifact.checkpoint import save_program
+        from graphprune.ir.printer import print_program
+        from graphprune.pipeline.instruments import Timing
+        from graphprune.pipeline.transform import transform as run_transform
+
+        steps = _recipe(pipeline, recipe, _assignments(set_, "--set"))
+        timing = Timing()
+        instruments = [*_instruments(steps, print_after or [], diff, dump), timing]
+        loaded = _load(model)
+        program = run_transform(
+            loaded.model,
+            steps,
+            _example(loaded, input_),
+            labels=labels,
+            factory=loaded.factory,
+            in_place=True,
+            instruments=instruments,
+            reproducer=reproducer,
+        )
+        text = print_program(program)
+        if time_:
+            _write_times(timing)
+        if out is not None:
+            save_program(program, out)
+            _note(f"saved in {out}")
+    typer.echo(text, nl=False)
+
+
+@app.command()
+def export(
+    program: Annotated[Path, typer.Argument(metavar="DIR", help="A saved Program: transform -o, or graphprune.save.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="OUT", help="Folder of the artifact.", show_default=False)
+    ],
+    target: Annotated[str, typer.Option(help="Where to lower to; see graphprune targets.")] = "onnx",
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Set an option of the target. Repeatable.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that graphprune did not write.")
+    ] = False,
+) -> None:
+    """Lower a saved Program to a target, and verify what was written against the Program.
+
+    [bold]Example[/]
+
+      graphprune export pruned/ --target onnx -o artifact/ --option opset=18
+    """
+    with _quiet_stdout():
+        from graphprune.artifact.checkpoint import load_program
+        from graphprune.artifact.export import export as run_export
+        from graphprune.artifact.models import search_current_directory
+        from graphprune.pipeline.registry import make_target
+
+        goal = make_target(target, _assignments(option, "--option"), "target")
+        search_current_directory()  # the saved Program may name a factory there
+        artifact = run_export(load_program(program), goal, out, overwrite=overwrite)
+    manifest = artifact.manifest
+    parity = manifest.parity
+    size = sum(item.bytes for item in manifest.files)
+    typer.echo(
+        f"{artifact.folder}: {manifest.target}, {size:,} bytes, {len(manifest.sites)} weights measured, "
+        f"largest difference to the Program {parity.max_abs:.3g} (tolerance {parity.tolerance:.3g}); verified"
+    )
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="An artifact that graphprune export wrote.")],
+) -> None:
+    """Repeat every check of an artifact from its files alone: whole, sparse as stated, and numerically right.
+
+    [bold]Example[/]
+
+      graphprune verify artifact/
+    """
+    with _quiet_stdout():
+        from graphprune.artifact.verification import verify as run_verification
+
+        report = run_verification(folder)
+    _show(report)
+
+
+@app.command()
+def passes() -> None:
+    """List the installed passes with their options and defaults, and what they require and establish."""
+    from graphprune.tables import passes_table
+
+    _show(passes_table())
+
+
+@app.command()
+def targets() -> None:
+    """List the installed targets, what each does with sparsity and number formats, and its libraries."""
+    from graphprune.tables import targets_table
+
+    _show(targets_table())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for everything that the demo writes.")] = Path(
+        "demo-out"
+    ),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A much shorter training; the numbers mean nothing.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+) -> None:
+    """Prune, quantize, fine-tune, export and verify a small real model on this machine, offline.
+
+    [bold]Example[/]
+
+      graphprune demo --out demo-out --resume
+    """
+    from graphprune.demo.run import run_demo
+
+    run_demo(out, resume=resume, quick=quick, seed=seed, threads=threads)
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Send whatever libraries and the user's own code print to standard error; standard output is for results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _note(message: str) -> None:
+    typer.echo(f"note: {message}", err=True)
+
+
+def _show(renderable: RenderableType) -> None:
+    """Print for people: fitted to a terminal, uncut elsewhere."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=False)
+    if console.is_terminal:
+        console.print(renderable)
+        return
+    with (wide := Console(width=_WIDE, color_system=None)).capture() as capture:
+        wide.print(renderable)
+    typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def _load(text: str) -> LoadedModel:
+    from graphprune.artifact.models import load_model
+
+    loaded = load_model(text)
+    for note in loaded.notes:
+        _note(f"{text}: {note}")
+    return loaded
+
+
+def _example(loaded: LoadedModel, texts: list[str] | None) -> Mapping[str, Tensor] | None:
+    """Example inputs from ``--input``: normal noise, or alternating 0 and 1 for integers."""
+    if not texts:
+        return None
+    import torch
+
+    from graphprune.ir.program import Program, device_of
+
+    if isinstance(loaded.model, Program):
+        raise RecipeError("--input: a saved Program is traced already; leave --input out")
+    device = device_of(loaded.model)
+    tensors: dict[str, Tensor] = {}
+    for name, text in _pairs(texts, "--input").items():
+        sizes, _, kind = text.partition(":")
+        dtype = getattr(torch, kind or "float32", None)
+        parts = sizes.split("x")
+        if not isinstance(dtype, torch.dtype) or not all(part.isdecimal() for part in parts):
+            raise RecipeError(f"--input {name}={text}: write NAME=SHAPE[:DTYPE], such as x=4x16 or ids=4x8:int64")
+        shape = [int(part) for part in parts]
+        if dtype.is_floating_point:
+            tensors[name] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        else:
+            tensors[name] = (torch.arange(torch.Size(shape).numel()).view(shape) % 2).to(device, dtype)
+    return tensors
+
+
+def _recipe(pipeline: str | None, path: Path | None, variables: Mapping[str, object]) -> Recipe:
+    from graphprune.pipeline.recipe import Recipe
+
+    if pipeline is not None and path is not None:
+        raise RecipeError("give --pipeline or --recipe, not both")
+    if path is not None:
+        return Recipe.load(path, **variables)
+    if variables:
+        raise RecipeError("--set sets variables of a recipe; give --recipe FILE, or write the value in the pipeline")
+    return Recipe.of(pipeline or ())
+
+
+def _instruments(steps: Recipe, after: list[str], diff: bool, dump: Path | None) -> list[Instrument]:
+    from graphprune.pipeline.instruments import Diff, Dump, PrintAfter
+
+    names = [step.name for step in steps.passes]
+    for name in after:
+        if name != "all" and name not in names:
+            raise RecipeError(f"--print-after: {name!r} is not in the pipeline{suggest(name, [*names, 'all'])}")
+    found: list[Instrument] = []
+    if after:
+        found.append(PrintAfter(_to_stderr, frozenset() if "all" in after else frozenset(after)))
+    if diff:
+        found.append(Diff(_to_stderr))
+    if dump is not None:
+        found.append(Dump(dump))
+    return found
+
+
+def _to_stderr(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _write_times(timing: Timing) -> None:
+    for name, seconds in timing.seconds:
+        _to_stderr(f"{seconds:9.3f} s  {name}")
+    _to_stderr(f"{sum(seconds for _, seconds in timing.seconds):9.3f} s  all passes")
+
+
+def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise RecipeError(f"{option} {text}: write NAME=VALUE")
+        if name in pairs:
+            raise RecipeError(f"{option}: {name!r} is given twice")
+        pairs[name] = value
+    return pairs
+
+
+def _assignments(texts: list[str] | None, option: str) -> dict[str, object]:
+    """Values read as YAML scalars: 0.8 is a number, true a bool, 4x1 a string."""
+    import yaml
+
+    values: dict[str, object] = {}
+    for name, text in _pairs(texts, option).items():
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{option} {name}={text}: cannot be read as a YAML value") from error
+    return values

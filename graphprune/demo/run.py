@@ -1,0 +1,229 @@
+"""The demo from start to end: trace, prune, train, quantize, lower, verify, measure."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+
+from graphprune.artifact.checkpoint import save_program
+from graphprune.artifact.export import Artifact, export
+from graphprune.artifact.files import written
+from graphprune.demo.corpus import batches, pad, split, tokenize
+from graphprune.demo.measure import Row, agreement, embed, latency_ratios, model_file, zipped_size
+from graphprune.demo.settings import PRUNING, QUANTIZING, Settings, model_folder
+from graphprune.demo.trainer import CHECKPOINT, Interrupted, Stage, TeacherCache, Trainer, read_checkpoint
+from graphprune.ir.masking import masked_sites
+from graphprune.ir.program import Program
+from graphprune.pipeline.registry import make_target
+from graphprune.pipeline.transform import transform
+from graphprune.training import Distillation, calibrate
+
+_FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class _Data:
+    tokenizer: Any
+    train: list[list[int]]
+    held_out: list[list[int]]
+
+
+def run_demo(
+    out: Path, *, resume: bool = False, quick: bool = False, seed: int = 0, threads: int | None = None
+) -> list[Row]:
+    """Run the demo and print its table.
+
+    Args:
+        out: Folder for checkpoints, artifacts and ``table.json``.
+        resume: Go on from the checkpoint in ``out``.
+        quick: A short run that shows the machinery; its accuracy says nothing.
+        seed: Of the order of the data.
+        threads: Threads for torch and onnxruntime; None leaves torch's default.
+
+    Returns:
+        The table's rows: dense fp32, dense int8, sparse fp32, sparse int8.
+
+    Raises:
+        GraphPruneError: A library or the model is missing, or ``resume`` finds no fitting checkpoint.
+        Interrupted: Ctrl-C; a checkpoint was written.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    settings = Settings.quick(seed) if quick else Settings(seed=seed)
+    saved = read_checkpoint(out, settings) if resume else None
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # moments of pruned weights decay through denormals, which are slow
+    torch.manual_seed(seed)
+    console = Console()
+    teacher = _load_model()
+    data = _load_data(settings)
+    console.print(
+        f"all-MiniLM-L6-v2, {len(data.train)} training and {len(data.held_out)} held-out sentences, {torch.get_num_threads()} threads"
+    )
+    with _progress(console) as progress:
+        program = transform(copy.deepcopy(teacher), PRUNING, in_place=True, output_hidden_states=True)
+        freeze_embeddings(program)
+        cache = TeacherCache.build(teacher, data.train, progress)
+        distillation = Distillation(teacher, hidden=settings.hidden, embedding=settings.embedding)
+        trainer = Trainer(out, settings, data.train, cache, distillation)
+        try:
+            sparse, quantized = _train(program, trainer, progress, saved)
+        except Interrupted:
+            progress.stop()
+            console.print(f"interrupted; {out / CHECKPOINT} is written. Go on with: graphprune demo --out {out} --resume")
+            raise
+        artifacts = _export_all(out, teacher, sparse, quantized, data, progress)
+    rows = _measure(artifacts, teacher, data, settings, masked_names(program), threads)
+    _report(console, rows, out, artifacts)
+    return rows
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    return Progress(*columns, console=console)
+
+
+def _load_model() -> nn.Module:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.BertModel.from_pretrained(model_folder(), add_pooling_layer=False, dtype=torch.float32)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _load_data(settings: Settings) -> _Data:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder())
+    train, held_out = split()
+    if settings.sentences:
+        train, held_out = train[: settings.sentences], held_out[: settings.sentences]
+    return _Data(
+        tokenizer,
+        tokenize(tokenizer, train, settings.length),
+        tokenize(tokenizer, held_out, settings.length),
+    )
+
+
+def freeze_embeddings(program: Program) -> None:
+    """Leave the embeddings as they are; only the encoder is trained."""
+    for name, parameter in program.named_parameters():
+        parameter.requires_grad_(not name.startswith("embeddings."))
+
+
+def masked_names(program: Program) -> list[str]:
+    """Names of all weights with a mask."""
+    return [site.name for site in masked_sites(program)]
+
+
+def _train(
+    program: Program, trainer: Trainer, progress: Progress, saved: dict[str, Any] | None
+) -> tuple[Program, Program]:
+    """Prune, then train quantization-aware; skips what a checkpoint has behind it.
+
+    Returns:
+        The Program after pruning and the one after quantization-aware training.
+    """
+    prune = Stage("prune", trainer.settings.prune_steps, trainer.settings.rate)
+    quantize = Stage("quantize", trainer.settings.quantize_steps, trainer.settings.quantize_rate)
+    sparse_file = trainer.out / "pruned.pt"
+    if saved is None or saved["stage"] == "prune":
+        trainer.train(program, prune, progress, saved)
+        saved = None
+        with written(sparse_file) as path:
+            torch.save(program.state_dict(), path)
+    else:
+        program.load_state_dict(torch.load(sparse_file, weights_only=True))
+    quantized = transform(program, QUANTIZING)
+    freeze_embeddings(quantized)
+    if saved is None or saved["stage"] == "quantize":
+        if saved is None:
+            trainer.save(quantized, Stage("quantize", 0, 0.0), None, None)
+        elif saved["optimizer"] is None:
+            saved = None
+        trainer.train(quantized, quantize, progress, saved)
+        trainer.save(quantized, Stage(_FINISHED, 0, 0.0), None, None)
+    else:
+        quantized.load_state_dict(saved["program"], strict=False)
+    return program.eval(), quantized.eval()
+
+
+def _export_all(
+    out: Path, teacher: nn.Module, sparse: Program, quantized: Program, data: _Data, progress: Progress
+) -> dict[str, Artifact]:
+    dense = transform(teacher, (), in_place=True)
+    calibrated = transform(teacher, QUANTIZING)
+    epoch = batches(data.train, 1024, seed=0)[:16]
+    calibrate(calibrated, [dict(zip(("input_ids", "attention_mask"), pad([data.train[i] for i in b]), strict=True)) for b in epoch])
+    sparse, quantized = (transform(program, "keep-outputs{names=last_hidden_state}") for program in (sparse, quantized))
+    save_program(quantized, out / "program", overwrite=True)
+    programs = {"dense fp32": dense, "dense int8": calibrated, "sparse fp32": sparse, "sparse int8": quantized}
+    artifacts = {}
+    for name, program in progress.track(programs.items(), description="export and verify"):
+        program.eval()
+        artifacts[name] = export(program, "onnx", out / name.replace(" ", "-"), processor=data.tokenizer)
+    return artifacts
+
+
+def _measure(
+    artifacts: dict[str, Artifact],
+    teacher: nn.Module,
+    data: _Data,
+    settings: Settings,
+    names: Sequence[str],
+    threads: int | None,
+) -> list[Row]:
+    target = make_target("onnx")
+    runs = {name: target.open(artifact.folder, threads or torch.get_num_threads()) for name, artifact in artifacts.items()}
+
+    def run_teacher(inputs: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            output = teacher(**{key: torch.from_numpy(value) for key, value in inputs.items()})
+        return {"last_hidden_state": output.last_hidden_state.numpy()}
+
+    wanted = embed(run_teacher, data.held_out)
+    ids, mask = pad([[101, *[2000 + index for index in range(126)], 102]] * 8)
+    ratios = latency_ratios(runs, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}, settings.repeats)
+    rows = []
+    for name, artifact in artifacts.items():
+        cosine, retrieval = agreement(embed(runs[name], data.held_out), wanted)
+        path = model_file(artifact)
+        rows.append(
+            Row(name, artifact.manifest.sparsity(names), cosine, retrieval, path.stat().st_size, zipped_size(path), ratios[name])
+        )
+    return rows
+
+
+def _report(console: Console, rows: Sequence[Row], out: Path, artifacts: dict[str, Artifact]) -> None:
+    table = Table(title="all-MiniLM-L6-v2, measured on the exported files", title_justify="left")
+    columns = ("", "4x1 sparsity", "cosine to teacher", "top-1 agreement", "MB", "MB gzipped", "latency ratio")
+    for column in columns:
+        table.add_column(column, justify="left" if not column else "right")
+    for row in rows:
+        table.add_row(
+            row.name, f"{row.sparsity:.4f}", f"{row.cosine:.4f}", f"{row.retrieval:.3f}",
+            f"{row.size / 1e6:.1f}", f"{row.zipped / 1e6:.1f}", f"{row.latency:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    parity = artifacts["sparse int8"].manifest.parity
+    console.print(
+        f"sparse int8 against its Program: largest difference {parity.max_abs:.3g}, tolerance {parity.tolerance:.3g}; "
+        f"latency: batch 8, 128 tokens, over dense fp32"
+    )
+    console.print(f"check any of them again: graphprune verify {out / 'sparse-int8'}")
+    with written(out / "table.json") as path:
+        path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,281 @@
+"""From a Program to an ONNX model through ``torch.export`` and ``torch.onnx``, before graphprune's own ONNX passes.
+
+Fake-quantization becomes QuantizeLinear and DequantizeLinear; attention and GELU are written in the plain form that
+onnxruntime fuses.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from graphprune.errors import LoweringError
+from graphprune.ir import ops
+from graphprune.ir.program import Program
+from graphprune.targets.onnx_operators import QUANTIZED, translations
+
+if TYPE_CHECKING:
+    import onnx
+
+aten = torch.ops.aten
+
+_NATIVE_OPSET = 18  # the exporter writes this one; older ones are converted down from it
+_SIZES = {"batch": 2, "other": 8}
+
+
+def inference_copy(program: Program, int8: bool) -> Program:
+    """A copy in eval mode without the loss, and without quantizers where ``int8`` is False.
+
+    Raises:
+        LoweringError: A mask or an observer is left, because the passes of ``Onnx.legalize`` did not run.
+    """
+    program = copy.deepcopy(program).eval()
+    labels = frozenset(name for name in program.interface.names if is_label(name))
+    if labels:
+        program.drop_inputs(labels)
+    for node in program.calls(ops.mask, ops.observe):
+        raise LoweringError(f"{node.target} is left in the graph at {node.name}; run fold-masks and freeze-quant first")
+    for node in program.calls(ops.fake_quantize):
+        if not int8:
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            program.graph.erase_node(node)
+        elif node.args[3:5] not in QUANTIZED:
+            raise LoweringError(
+                f"{node.name} quantizes to {node.args[3]} to {node.args[4]}; ONNX has {sorted(QUANTIZED)}"
+            )
+    program.graph.eliminate_dead_code()
+    program.recompile()
+    return program
+
+
+def is_label(name: str) -> bool:
+    """Whether an input only serves the loss."""
+    return "label" in name or name in ("start_positions", "end_positions")
+
+
+def export_model(program: Program, opset: int) -> onnx.ModelProto:
+    """Export an inference copy.
+
+    Args:
+        program: From ``inference_copy``.
+        opset: ONNX operator set version, 13 or newer.
+
+    Returns:
+        The model with parameters under their own names, untransposed; inputs, outputs and sizes are named for the user.
+
+    Raises:
+        LoweringError: ``torch.onnx`` has no translation for some operator, or none to this opset.
+    """
+    with torch.no_grad(), _quiet():
+        try:
+            exported = torch.export.export(
+                program, example_inputs(program), dynamic_shapes=_dynamic_shapes(program), strict=False
+            )
+            _make_views_reshapes(exported.graph_module)
+            exporting: Any = torch.onnx.export
+            written = exporting(
+                exported,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=max(opset, _NATIVE_OPSET),
+                custom_translation_table=translations(),
+            )
+            model = _optimize(written.model, opset)
+        except Exception as error:  # the exporters raise whatever their stages raise
+            raise LoweringError(_explain(program, error)) from error
+    found = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
+    if found != opset:
+        raise LoweringError(
+            f"{program.name} has no form in ONNX opset {opset}: it cannot be converted from {found}; set opset={found}"
+        )
+    name_interface(model, program)
+    return model
+
+
+def example_inputs(program: Program) -> tuple[Tensor, ...]:
+    """Tensors to export with: fixed sizes as traced, 2 for a dynamic first dimension, 8 for others."""
+    tensors = []
+    for item in program.interface.inputs:
+        shape = [
+            size if isinstance(size, int) else _SIZES["batch" if dim == 0 else "other"]
+            for dim, size in enumerate(item.shape)
+        ]
+        tensors.append(torch.ones(shape, dtype=item.dtype))
+    return tuple(tensors)
+
+
+def output_names(program: Program) -> tuple[str, ...]:
+    """Names of the outputs that exist, by their keys in the source's output object, such as ``logits``."""
+    leaves = program.output.args[0]
+    spec = program.interface.output
+    assert isinstance(leaves, (tuple, list))
+    tree = pytree.tree_unflatten(list(range(len(leaves))), spec)
+    paths = {leaf: path for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
+    names = []
+    for index, leaf in enumerate(leaves):
+        keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in paths[index]]
+        name = ".".join(keys)
+        if leaf is not None:
+            names.append("output" if not name else f"output_{name}" if name[0].isdigit() else name)
+    return tuple(names)
+
+
+def size_names(program: Program) -> dict[tuple[str, int], str]:
+    """Readable names of dynamic sizes by input and dimension: ``batch`` first, ``sequence`` for tokens."""
+    by_letter: dict[str, str] = {}
+    found = {}
+    for item in program.interface.inputs:
+        for dim, letter in enumerate(item.shape):
+            if isinstance(letter, int):
+                continue
+            stem = "sequence" if dim == 1 and not item.dtype.is_floating_point else f"{item.name}_dim{dim}"
+            if stem == "sequence" and stem in by_letter.values() and letter not in by_letter:
+                stem = f"{item.name.partition('_')[0]}_sequence"
+            name = "batch" if dim == 0 else by_letter.setdefault(letter, stem)
+            found[item.name, dim] = name
+    return found
+
+
+def name_interface(model: onnx.ModelProto, program: Program) -> None:
+    """Name inputs, outputs and dynamic sizes of an exported model."""
+    graph = model.graph
+    names = dict(zip((item.name for item in graph.input), program.interface.names, strict=True))
+    outputs = output_names(program)
+    if len(outputs) != len(graph.output):
+        raise LoweringError(f"{program.name} has {len(outputs)} outputs and its ONNX model {len(graph.output)}")
+    sizes = size_names(program)
+    symbols: dict[str, str] = {}
+    for item in graph.input:
+        for dim, size in enumerate(item.type.tensor_type.shape.dim):
+            if size.dim_param:
+                symbols.setdefault(size.dim_param, sizes.get((names[item.name], dim), size.dim_param))
+    for item in (*graph.input, *graph.output, *graph.value_info):
+        for size in item.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = re.sub(r"\w+", lambda match: symbols.get(match[0], match[0]), size.dim_param)
+    _rename_values(graph, names)
+    produced = {name for node in graph.node for name in node.output}
+    for item, name in zip(graph.output, outputs, strict=True):
+        if item.name not in produced or list(graph.output).count(item) > 1:
+            graph.node.add(op_type="Identity", input=[item.name], output=[name])
+            item.name = name
+        else:
+            _rename_values(graph, {item.name: name})
+    graph.name = program.name
+
+
+def _rename_values(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    taken = {name for node in graph.node for name in node.output} | {item.name for item in graph.initializer}
+    moved = {name: f"{name}__inner" for name in names.values() if name in taken and name not in names}
+    names = {**names, **moved}
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for item in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        item.name = names.get(item.name, item.name)
+
+
+def _dynamic_shapes(program: Program) -> tuple[dict[int, object], ...]:
+    auto = torch.export.Dim.AUTO  # sizes of one name become one size again by the guards that made them one
+    return tuple(
+        {dim: auto for dim, size in enumerate(item.shape) if not isinstance(size, int)}
+        for item in program.interface.inputs
+    )
+
+
+def _make_views_reshapes(module: torch.fx.GraphModule) -> None:
+    """Let ``view`` copy where it must.
+
+    Before: ``view(transpose(attention(...)))``.  After: ``reshape(...)``.  Export has turned the model's ``reshape`` into
+    ``view`` because of the strides that attention returned; its decomposition, which T5 gets, returns others.
+    """
+    for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
+    module.recompile()
+
+
+def _optimize(model: Any, opset: int) -> onnx.ModelProto:
+    """Fold constants and sizes, keep parameters whole and apart, and convert to an older opset where asked."""
+    import onnx_ir
+    import onnx_ir.passes.common as common
+    import onnxscript.optimizer
+    import onnxscript.rewriter
+    from onnxscript import version_converter
+
+    common.InlinePass()(model)
+    parameters = frozenset(model.graph.initializers)
+    kept = {name for name, value in model.graph.initializers.items() if len(value.shape or ()) >= 1}
+
+    def should_fold(node: Any) -> bool | None:
+        parameter = any(item is not None and item.name in kept for item in node.inputs)
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            return False
+        return False if parameter and node.op_type != "Cast" else None  # zero-points are cast to their type
+
+    for _ in range(2):
+        onnxscript.optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=should_fold)
+        onnxscript.rewriter.rewrite(model)
+        common.RemoveUnusedNodesPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _merge_constants(model, parameters)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    common.OutputFixPass()(model)
+    common.NameFixPass()(model)
+    if opset < _NATIVE_OPSET:
+        version_converter.convert_version(model, opset, fallback=True)
+    common.ClearMetadataAndDocStringPass()(model)
+    return onnx_ir.to_proto(model)  # type: ignore[no-any-return]
+
+
+def _merge_constants(model: Any, parameters: frozenset[str]) -> None:
+    """Give equal constants of the exporter one initializer, so that equal nodes meet; parameters stay apart."""
+    first: dict[tuple[object, ...], Any] = {}
+    for name, value in list(model.graph.initializers.items()):
+        if name in parameters or value.const_value is None:
+            continue
+        array = value.const_value.numpy()
+        known = first.setdefault((str(array.dtype), array.shape, array.tobytes()), value)
+        if known is not value and not value.is_graph_output():
+            value.replace_all_uses_with(known)
+            del model.graph.initializers[name]
+
+
+def _explain(program: Program, error: Exception) -> str:
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    lines = [line for line in str(root).strip().splitlines() if line.strip()]
+    first = lines[0] if lines else ""
+    return (
+        f"{program.name} cannot be written as ONNX. {type(root).__name__}: {first}. Print the Program to find the "
+        f"operator; one without an ONNX form has to be rewritten in the model or by a pass before lowering"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporters' notes; what matters of them reaches the caller as an error."""
+    names = ("torch.export", "torch._export", "torch.onnx", "onnxscript", "onnx_ir")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

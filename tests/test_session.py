@@ -1,0 +1,298 @@
+"""The training session: schedule, exactness, resume, and everything that must not go silently wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphprune as gp
+from graphprune.ir.masking import masked_sites, sparsity_of
+from graphprune.training.randomness import random_state, set_random_state
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 32)
+        self.second = nn.Linear(32, 16)
+        self.unused = nn.Linear(16, 16)
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        return self.last(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+PIPELINE = "insert-masks{pattern=4x1,sparsity=0.75,frequency=2,warm_up=0,cool_down=0.4}"
+
+
+@pytest.fixture(scope="module")
+def traced() -> gp.Program:
+    torch.manual_seed(0)
+    return gp.trace(Net().train(), torch.randn(4, 16))
+
+
+def masked(traced: gp.Program, pipeline: str = PIPELINE) -> gp.Program:
+    return gp.transform(traced, pipeline).train()
+
+
+def batch(step: int) -> Tensor:
+    return torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+
+
+def train(program: gp.Program, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        loss = program(batch(step)).square().mean() + 0.01 * program(batch(step)).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_reaches_the_target_and_keeps_zeros_and_moments_zero(traced: gp.Program, make: type) -> None:
+    program = masked(traced)
+    optimizer = make(program.parameters(), lr=0.05, **({"momentum": 0.9} if make is torch.optim.SGD else {}))
+    session = gp.training.Session(program, optimizer, total_steps=20)
+    train(program, optimizer, range(20))
+    assert session.step == 20
+    assert session.done
+    assert session.sparsity == pytest.approx(0.75, abs=1e-3)
+    for site in masked_sites(program):
+        gone = ~site.mask
+        assert gone.any()
+        assert (site.weight[gone] == 0).all()
+        for value in optimizer.state[site.weight].values():
+            if isinstance(value, Tensor) and value.shape == site.weight.shape:
+                assert (value[gone] == 0).all()
+
+
+def test_follows_the_cubic_schedule(traced: gp.Program) -> None:
+    program = masked(traced)
+    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
+    session = gp.training.Session(program, optimizer, total_steps=20)
+    for step in range(20):
+        train(program, optimizer, range(step, step + 1))
+        progress = min(1.0, (step - step % 2) / 11) if step < 11 else 1.0
+        assert session.sparsity == pytest.approx(0.75 * (1 - (1 - progress) ** 3), abs=0.01), step
+
+
+def test_kill_and_resume_is_bit_identical(traced: gp.Program, tmp_path: Path) -> None:
+    def start() -> tuple[gp.Program, torch.optim.Optimizer, gp.training.Session]:
+        program = masked(traced)
+        optimizer = torch.optim.AdamW(program.parameters(), lr=0.01)
+        return program, optimizer, gp.training.Session(program, optimizer, total_steps=20)
+
+    whole, whole_optimizer, _session = start()
+    train(whole, whole_optimizer, range(20))
+    first, first_optimizer, session = start()
+    train(first, first_optimizer, range(7))
+    state = {"program": first.state_dict(), "optimizer": first_optimizer.state_dict(), "session": session.state_dict()}
+    torch.save(state, tmp_path / "state.pt")
+    second, second_optimizer, resumed = start()
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    second.load_state_dict(loaded["program"])
+    second_optimizer.load_state_dict(loaded["optimizer"])
+    resumed.load_state_dict(loaded["session"])
+    train(second, second_optimizer, range(7, 20))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_random_state_round_trip() -> None:
+    import random
+
+    import numpy as np
+
+    state = random_state()
+    drawn = random.random(), np.random.rand(), torch.rand(1)
+    set_random_state(state)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == drawn
+
+
+def test_gradient_accumulation_counts_optimizer_steps(traced: gp.Program) -> None:
+    program = masked(traced)
+    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
+    session = gp.training.Session(program, optimizer, total_steps=20)
+    for step in range(8):
+        (program(batch(step)).square().mean() / 4).backward()
+        if step % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+    program.eval()
+    program(batch(0))
+    assert session.step == 2
+
+
+def test_steps_that_a_gradient_scaler_skips_do_not_count(traced: gp.Program) -> None:
+    program = masked(traced)
+    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
+    session = gp.training.Session(program, optimizer, total_steps=20)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step, poison in enumerate((1.0, float("inf"), 1.0)):
+        scaler.scale(program(batch(step)).square().mean() * poison).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert session.step == 2
+    assert all(torch.isfinite(score).all() for score in session.state_dict()["scores"].values())
+
+
+def test_a_step_with_infinite_gradients_is_left_out_of_the_scores_and_counted(traced: gp.Program) -> None:
+    program = masked(traced)
+    optimizer = torch.optim.SGD(program.parameters(), lr=0.0)
+    session = gp.training.Session(program, optimizer, total_steps=20)
+    (program(batch(0)).sum() * float("inf")).backward()
+    optimizer.step()
+    assert session.skipped == 1
+    assert all(torch.isfinite(score).all() for score in session.state_dict()["scores"].values())
+
+
+def test_magnitude_needs_no_gradient(traced: gp.Program) -> None:
+    program = masked(traced, PIPELINE.replace("frequency", "criterion=magnitude,frequency"))
+    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
+    session = gp.training.Session(program, optimizer, total_steps=20)
+    train(program, optimizer, range(20))
+    assert session.done
+    assert session.state_dict()["scores"] == {}
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("pattern", ["unstructured", "4x1", "2:4", "channelx1"])
+@pytest.mark.parametrize("schedule", ["one-shot", "linear", "cubic", "exponential", "cosine"])
+def test_every_pattern_scope_and_schedule_reaches_half(traced: gp.Program, pattern: str, scope: str, schedule: str) -> None:
+    text = f"insert-masks{{pattern={pattern},sparsity=0.5,scope={scope},schedule={schedule},frequency=3,cool_down=2}}"
+    program = masked(traced, text)
+    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
+    with gp.training.Session(program, optimizer, total_steps=12) as session:
+        train(program, optimizer, range(12))
+    assert session.sparsity == pytest.approx(0.5, abs=0.02)
+    for site in masked_sites(program):
+        assert site.pattern.holds(site.logical_mask)
+
+
+def test_two_rules_are_driven_separately(traced: gp.Program) -> None:
+    program = gp.transform(
+        traced,
+        [
+            "insert-masks{select=first,pattern=2:4,sparsity=0.5,frequency=1,cool_down=2}",
+            "insert-masks{select=second,pattern=4x1,sparsity=0.75,frequency=2,cool_down=2}",
+        ],
+    ).train()
+    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
+    gp_session = gp.training.Session(program, optimizer, total_steps=12)
+    train(program, optimizer, range(12))
+    assert gp_session.done
+    reached = {site.name: sparsity_of([site]) for site in masked_sites(program)}
+    assert reached == {"first.weight": pytest.approx(0.5), "second.weight": pytest.approx(0.75)}
+
+
+def test_masks_at_their_target_stay_in_a_later_session(traced: gp.Program) -> None:
+    program = masked(traced)
+    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
+    session = gp.training.Session(program, optimizer, total_steps=20)
+    train(program, optimizer, range(20))
+    session.close()
+    before = [site.mask.clone() for site in masked_sites(program)]
+    optimizer = torch.optim.AdamW(program.parameters(), lr=0.01)
+    later = gp.training.Session(program, optimizer, total_steps=10)
+    train(program, optimizer, range(10))
+    assert later.done
+    assert all(torch.equal(site.mask, mask) for site, mask in zip(masked_sites(program), before, strict=True))
+    assert all((site.weight[~site.mask] == 0).all() for site in masked_sites(program))
+
+
+def test_log_has_step_sparsity_and_loss(traced: gp.Program, tmp_path: Path) -> None:
+    program = masked(traced)
+    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
+    session = gp.training.Session(program, optimizer, total_steps=20, log=tmp_path / "log.jsonl")
+    session.record(loss=torch.tensor(2.5))
+    train(program, optimizer, range(20))
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == list(range(20))
+    assert entries[0]["loss"] == 2.5
+    assert entries[-1]["sparsity"] == pytest.approx(0.75, abs=1e-3)
+
+
+def test_works_through_torch_compile_wrapping(traced: gp.Program) -> None:
+    program = masked(traced)
+    wrapped = torch.compile(program, backend="eager")
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
+    session = gp.training.Session(wrapped, optimizer, total_steps=4)
+    for step in range(4):
+        wrapped(batch(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert session.done
+
+
+def test_deepcopy_of_a_program_in_training_is_independent(traced: gp.Program) -> None:
+    program = masked(traced)
+    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
+    gp_session = gp.training.Session(program, optimizer, total_steps=20)
+    train(program, optimizer, range(4))
+    clone = copy.deepcopy(program)
+    kept = [site.mask.clone() for site in masked_sites(clone)]
+    train(program, optimizer, range(4, 20))
+    assert gp_session.done
+    assert all(torch.equal(site.mask, mask) for site, mask in zip(masked_sites(clone), kept, strict=True))
+
+
+class TestRefusals:
+    def test_no_masks(self, traced: gp.Program) -> None:
+        with pytest.raises(gp.SparsityError, match="no masks .* run insert-masks first"):
+            gp.training.Session(traced, torch.optim.SGD(traced.parameters(), lr=0.1), total_steps=5)
+
+    def test_not_a_program(self) -> None:
+        net = Net()
+        with pytest.raises(gp.SparsityError, match="drives a Program, not Net"):
+            gp.training.Session(net, torch.optim.SGD(net.parameters(), lr=0.1), total_steps=5)
+
+    def test_optimizer_of_the_source_model(self, traced: gp.Program) -> None:
+        program = masked(traced)
+        with pytest.raises(gp.SparsityError, match=r"does not hold first\.weight"):
+            gp.training.Session(program, torch.optim.SGD(Net().parameters(), lr=0.1), total_steps=20)
+
+    def test_loss_that_does_not_reach_a_site(self, traced: gp.Program) -> None:
+        program = masked(traced)
+        optimizer = torch.optim.SGD(program.parameters(), lr=0.1)
+        session = gp.training.Session(program, optimizer, total_steps=20)
+        program.last.bias.square().sum().backward()
+        with pytest.raises(gp.SparsityError, match=r"no gradient reached first\.weight"):
+            optimizer.step()
+        assert session.step == 0
+
+    def test_ending_under_the_target(self, traced: gp.Program) -> None:
+        program = masked(traced)
+        optimizer = torch.optim.SGD(program.parameters(), lr=0.1)
+        with pytest.raises(gp.SparsityError, match="training ended at step 3 of 20"):
+            with gp.training.Session(program, optimizer, total_steps=20):
+                train(program, optimizer, range(3))
+        with pytest.raises(gp.SparsityError, match="has reached sparsity"):
+            gp.transform(program, "fold-masks")
+
+    def test_schedule_that_does_not_fit(self, traced: gp.Program) -> None:
+        program = masked(traced, "insert-masks{sparsity=0.5,warm_up=10,cool_down=10}")
+        with pytest.raises(gp.SparsityError, match="leave nothing of 5 steps"):
+            gp.training.Session(program, torch.optim.SGD(program.parameters(), lr=0.1), total_steps=5)
+
+    def test_state_of_another_run(self, traced: gp.Program) -> None:
+        program = masked(traced)
+        optimizer = torch.optim.SGD(program.parameters(), lr=0.1)
+        state = gp.training.Session(program, optimizer, total_steps=20).state_dict()
+        with pytest.raises(gp.SparsityError, match="a run of 20 steps"):
+            gp.training.Session(program, optimizer, total_steps=30).load_state_dict(state)
+        other = masked(traced, PIPELINE.replace("frequency", "select=first,frequency"))
+        session = gp.training.Session(other, torch.optim.SGD(other.parameters(), lr=0.1), total_steps=20)
+        with pytest.raises(gp.SparsityError, match="masks of other sites"):
+            session.load_state_dict(state)
+
+    def test_session_that_was_dropped(self, traced: gp.Program) -> None:
+        program = masked(traced)
+        optimizer = torch.optim.SGD(program.parameters(), lr=0.1)
+        gp.training.Session(program, optimizer, total_steps=20)
+        with pytest.raises(gp.SparsityError, match="keep it in a variable"):
+            train(program, optimizer, range(1))
