@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from graphprune.arguments import assignments, example_inputs
 from graphprune.errors import GraphPruneError, RecipeError, suggest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from torch import Tensor
 
     from graphprune.artifact.models import LoadedModel
     from graphprune.pipeline.instruments import Timing
@@ -76,6 +76,14 @@ Inputs = Annotated[
         help="Example input of a model that brings none, such as x=4x16 or ids=4x8:int64; the first size, the batch, "
         "is 2 or more. Repeat for each input.",
     ),
+]
+PrintAfter = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PASS|all", help="Write the graph after this pass to standard error. Repeatable."),
+]
+Reproducer = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="If a pass fails, write the graph and the rest of the recipe here."),
 ]
 
 
@@ -136,7 +144,7 @@ def inspect(
         loaded = _load(model)
         found = run_inspection(
             loaded.model,
-            _example(loaded, input_),
+            example_inputs(loaded.model, input_),
             select=select or (),
             exclude=exclude or (),
             ops=op or (),
@@ -162,19 +170,13 @@ def transform(
         bool, typer.Option("--labels", help="Trace with labels, so that the Program returns a loss.")
     ] = False,
     input_: Inputs = None,
-    print_after: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PASS|all", help="Write the graph after this pass to standard error. Repeatable."),
-    ] = None,
+    print_after: PrintAfter = None,
     diff: Annotated[bool, typer.Option("--diff", help="Write what each pass changed to standard error.")] = False,
     dump: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the graph after each pass to a numbered file.")
     ] = None,
     time_: Annotated[bool, typer.Option("--time", help="Write the seconds of each pass to standard error.")] = False,
-    reproducer: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="If a pass fails, write the graph and the rest of the recipe here."),
-    ] = None,
+    reproducer: Reproducer = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Save the Program, for graphprune export.")
     ] = None,
@@ -192,14 +194,14 @@ def transform(
         from graphprune.pipeline.instruments import Timing
         from graphprune.pipeline.transform import transform as run_transform
 
-        steps = _recipe(pipeline, recipe, _assignments(set_, "--set"))
+        steps = _recipe(pipeline, recipe, assignments(set_, "--set"))
         timing = Timing()
         instruments = [*_instruments(steps, print_after or [], diff, dump), timing]
         loaded = _load(model)
         program = run_transform(
             loaded.model,
             steps,
-            _example(loaded, input_),
+            example_inputs(loaded.model, input_),
             labels=labels,
             factory=loaded.factory,
             in_place=True,
@@ -241,7 +243,7 @@ def export(
         from graphprune.artifact.models import search_current_directory
         from graphprune.pipeline.registry import make_target
 
-        goal = make_target(target, _assignments(option, "--option"), "target")
+        goal = make_target(target, assignments(option, "--option"), "target")
         search_current_directory()  # the saved Program may name a factory there
         artifact = run_export(load_program(program), goal, out, overwrite=overwrite)
     manifest = artifact.manifest
@@ -345,32 +347,6 @@ def _load(text: str) -> LoadedModel:
     return loaded
 
 
-def _example(loaded: LoadedModel, texts: list[str] | None) -> Mapping[str, Tensor] | None:
-    """Example inputs from ``--input``: normal noise, or alternating 0 and 1 for integers."""
-    if not texts:
-        return None
-    import torch
-
-    from graphprune.ir.program import Program, device_of
-
-    if isinstance(loaded.model, Program):
-        raise RecipeError("--input: a saved Program is traced already; leave --input out")
-    device = device_of(loaded.model)
-    tensors: dict[str, Tensor] = {}
-    for name, text in _pairs(texts, "--input").items():
-        sizes, _, kind = text.partition(":")
-        dtype = getattr(torch, kind or "float32", None)
-        parts = sizes.split("x")
-        if not isinstance(dtype, torch.dtype) or not all(part.isdecimal() for part in parts):
-            raise RecipeError(f"--input {name}={text}: write NAME=SHAPE[:DTYPE], such as x=4x16 or ids=4x8:int64")
-        shape = [int(part) for part in parts]
-        if dtype.is_floating_point:
-            tensors[name] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        else:
-            tensors[name] = (torch.arange(torch.Size(shape).numel()).view(shape) % 2).to(device, dtype)
-    return tensors
-
-
 def _recipe(pipeline: str | None, path: Path | None, variables: Mapping[str, object]) -> Recipe:
     from graphprune.pipeline.recipe import Recipe
 
@@ -408,28 +384,3 @@ def _write_times(timing: Timing) -> None:
     for name, seconds in timing.seconds:
         _to_stderr(f"{seconds:9.3f} s  {name}")
     _to_stderr(f"{sum(seconds for _, seconds in timing.seconds):9.3f} s  all passes")
-
-
-def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for text in texts or []:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise RecipeError(f"{option} {text}: write NAME=VALUE")
-        if name in pairs:
-            raise RecipeError(f"{option}: {name!r} is given twice")
-        pairs[name] = value
-    return pairs
-
-
-def _assignments(texts: list[str] | None, option: str) -> dict[str, object]:
-    """Values read as YAML scalars: 0.8 is a number, true a bool, 4x1 a string."""
-    import yaml
-
-    values: dict[str, object] = {}
-    for name, text in _pairs(texts, option).items():
-        try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{option} {name}={text}: cannot be read as a YAML value") from error
-    return values

@@ -7,6 +7,7 @@ once.  While observers see data (in train mode, or while calibrating), they foll
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,8 @@ from torch import fx
 
 from graphprune.errors import PassError
 from graphprune.ir import ops
-from graphprune.ir.masking import masked_sites
-from graphprune.ir.program import Program
+from graphprune.ir.masking import MaskedSite, masked_sites
+from graphprune.ir.program import Program, attributes
 from graphprune.ir.properties import Property
 from graphprune.ir.quantizing import Quantizer, insert_quantizer, quantizers, set_weight_range
 from graphprune.ir.selection import Selection
@@ -57,65 +58,72 @@ class InsertFakeQuant(Pass):
         """Insert one quantizer a weight and one an activation."""
         sites, excluded = Selection(self.select, self.exclude, self.ops, self.include_last).apply(program)
         left_out = {item.name: item.reason for item in excluded}
-        done = {decision.prefix for _, decision in quantizers(program)}
-        activations: dict[fx.Node, fx.Node] = {}
+        before = list(quantizers(program))
+        done = {decision.prefix for _, decision in before}
+        activations = {node.all_input_nodes[0]: node for node, decision in before if not decision.weight}
+        nodes = {node.name: node for node in program.graph.nodes}
+        weights = attributes(program)
+        masks = {item.name: item for item in masked_sites(program)}
+        known = len(activations)
         taken: list[Site] = []
         for site in sites:
-            reason = self._obstacle(program, site, done)
+            uses = [nodes[use] for use in site.uses]
+            reason = _obstacle(site, uses, done)
             if reason:
                 left_out[site.name] = reason
                 continue
-            self._quantize_weight(program, site)
-            self._quantize_inputs(program, site, activations)
+            self._quantize_weight(program, site, weights[site.name], masks.get(site.name))
+            self._quantize_inputs(program, site, uses, activations)
             taken.append(site)
         program.recompile()
         return PassResult(
             program,
             changed=bool(taken),
-            stats={"weights-quantized": len(taken), "activations-quantized": len(activations)},
+            stats={"weights-quantized": len(taken), "activations-quantized": len(activations) - known},
             coverage=Coverage(tuple(site.name for site in taken), left_out),
         )
 
-    def _obstacle(self, program: Program, site: Site, done: set[str]) -> str | None:
-        if site.name in done:
-            return "quantized already"
-        for use in site.uses:
-            node = _node(program, use)
-            if any(str(user.target).startswith("aten.batch_norm") for user in node.users):
-                return "followed by batch normalization; run fold-conv-bn before insert-fake-quant"
-        return None
-
-    def _quantize_weight(self, program: Program, site: Site) -> None:
+    def _quantize_weight(self, program: Program, site: Site, weight: fx.Node, masked: MaskedSite | None) -> None:
         axis = "axis1" if site.layout is Layout.IN_OUT else "channel"
         decision = Quantizer(f"int8:symmetric:{axis}", site.name, weight=True)
-        weight = program.attribute(site.name)
-        assert weight is not None
-        masked = [user for user in weight.users if user.target is ops.mask]
-        value = masked[0] if masked else weight
-        users = [user for user in value.users if user.target is not ops.mask]
+        value = weight if masked is None else masked.node
+        users = list(value.users)
         fake = insert_quantizer(program, value, decision, momentum=1.0)
         for user in users:
             user.replace_input_with(value, fake)
         tensor = program.tensor(site.name)
         if not tensor.is_meta:
-            mask = next((item.mask for item in masked_sites(program) if item.name == site.name), None) if masked else None
-            shown = tensor.detach() if mask is None else tensor.detach() * mask.view(torch.uint8)
+            shown = tensor.detach()
+            if masked is not None and not bool(masked.mask.all()):
+                shown = shown * masked.mask.view(torch.uint8)
             set_weight_range(program, site.name, shown, parse_scheme(decision.scheme))
 
-    def _quantize_inputs(self, program: Program, site: Site, activations: dict[fx.Node, fx.Node]) -> None:
-        for index, use in enumerate(site.uses):
-            node = _node(program, use)
+    def _quantize_inputs(
+        self, program: Program, site: Site, uses: list[fx.Node], activations: dict[fx.Node, fx.Node]
+    ) -> None:
+        for index, node in enumerate(uses):
             position = 1 if str(node.target).startswith("aten.addmm") else 0
             value = node.args[position]
             assert isinstance(value, fx.Node) and OPERATORS[node.target].weight != position
             if value.target is ops.fake_quantize:
                 continue
             if value not in activations:
-                suffix = f"_{index}" if index else ""
-                decision = Quantizer("uint8:affine:tensor", f"{site.module}.input{suffix}".lstrip("."), weight=False)
+                decision = Quantizer("uint8:affine:tensor", _free_prefix(program, site, index), weight=False)
                 activations[value] = insert_quantizer(program, value, decision, self.momentum)
             node.update_arg(position, activations[value])
 
 
-def _node(program: Program, name: str) -> fx.Node:
-    return next(node for node in program.graph.nodes if node.name == name)
+def _obstacle(site: Site, uses: list[fx.Node], done: set[str]) -> str | None:
+    if site.name in done:
+        return "quantized already"
+    if any(str(user.target).startswith("aten.batch_norm") for node in uses for user in node.users):
+        return "followed by batch normalization; run fold-conv-bn before insert-fake-quant"
+    return None
+
+
+def _free_prefix(program: Program, site: Site, index: int) -> str:
+    """``<module>.input`` for a site's first use, then ``<module>.input_1`` and so on; a name that no buffer has yet."""
+    owner = program.get_submodule(site.module)
+    names = (f"input_{number}" if number else "input" for number in itertools.count(index))
+    leaf = next(name for name in names if not hasattr(owner, f"{name}_scale"))
+    return f"{site.module}.{leaf}" if site.module else leaf

@@ -15,7 +15,7 @@ from torch import fx
 from graphprune.errors import SparsityError, suggest
 from graphprune.ir import ops
 from graphprune.ir.masking import Masking, masked_sites, rules_of, sparsity_of, update_masks
-from graphprune.ir.program import Program
+from graphprune.ir.program import Program, attributes
 from graphprune.ir.properties import Property
 from graphprune.ir.selection import Selection, selected_sites
 from graphprune.ir.sites import Site
@@ -93,19 +93,22 @@ class InsertMasks(Pass):
         fitting, left_out = self._fitting(sites)
         left_out |= {item.name: item.reason for item in excluded}
         already = masked_sites(program)
+        masked = {site.name for site in already}
         for site in fitting:
-            if site.name in {other.name for other in already}:
+            if site.name in masked:
                 raise SparsityError(f"{site.name} has a mask already; two rules on one site contradict each other, exclude it in one")
         rule = max(rules_of(already), default=-1) + 1
+        weights = attributes(program)
         for site in fitting:
-            self._insert(program, site, rule)
+            self._insert(program, site, weights[site.name], rule)
         program.recompile()
         mine = rules_of(masked_sites(program))[rule]
-        if self.schedule == "one-shot" and not mine[0].criterion.needs_gradient and not mine[0].weight.is_meta:
-            update_masks(mine, self.sparsity, {})
         stats: dict[str, int | float] = {"masks": len(fitting), "weights": sum(site.parameters for site in fitting)}
         if not mine[0].weight.is_meta:
-            stats["sparsity"] = round(sparsity_of(mine), 6)
+            stats["sparsity"] = 0.0
+            if self.schedule == "one-shot" and not mine[0].criterion.needs_gradient:
+                update_masks(mine, self.sparsity, {})
+                stats["sparsity"] = round(sparsity_of(mine), 6)
         return PassResult(program, True, stats, Coverage(tuple(site.name for site in fitting), left_out))
 
     def _fitting(self, sites: tuple[Site, ...]) -> tuple[list[Site], dict[str, str]]:
@@ -126,18 +129,16 @@ class InsertMasks(Pass):
             raise SparsityError(f"pattern {self.pattern} cannot reach sparsity {self.sparsity}; its most is {best:.4g}")
         return fitting, left_out
 
-    def _insert(self, program: Program, site: Site, rule: int) -> None:
-        weight = program.attribute(site.name)
-        assert weight is not None
+    def _insert(self, program: Program, site: Site, weight: fx.Node, rule: int) -> None:
         name = f"{site.name}_mask"
         program.add_buffer(name, torch.ones_like(program.tensor(site.name), dtype=torch.bool))
         users = list(weight.users)
         with program.graph.inserting_after(weight):
             buffer = program.graph.create_node("get_attr", name)
         dense = parse_criterion(self.criterion).dense_gradient
-        with program.graph.inserting_before(_first(program, users)):
+        with program.graph.inserting_before(min(users)):
             masked = program.graph.call_function(ops.mask, (weight, buffer, dense) if dense else (weight, buffer))
-        buffer.meta["val"] = weight.meta["val"].to(torch.bool)
+        buffer.meta["val"] = torch.empty(site.stored_shape, dtype=torch.bool, device="meta")
         masked.meta = {key: value for key, value in weight.meta.items() if key == "val"}
         for user in users:
             user.replace_input_with(weight, masked)
@@ -156,8 +157,3 @@ class InsertMasks(Pass):
             max_sparsity=self.max_sparsity,
         )
         program.annotate(buffer, decision)
-
-
-def _first(program: Program, nodes: list[fx.Node]) -> fx.Node:
-    wanted = set(nodes)
-    return next(node for node in program.graph.nodes if node in wanted)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _MODEL = "model.onnx"
 _DATA = "model.onnx.data"
-_OPSETS = range(13, 24)
+_OPSETS = range(18, 24)  # torch.onnx writes 18 and newer; conversion to older ones leaves operators behind
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Onnx(Target):
     """Write ONNX, and run it on onnxruntime's CPU provider.
 
     Attributes:
-        opset: ONNX operator set version, 13 to 23.
+        opset: ONNX operator set version, 18 to 23.
         int8: Store quantized weights as int8 and compute on integers. False writes a float model: quantizers are left
             out, and weights keep the values of their integer grid.
         external_data_threshold: Bytes of weights above which they go into a file beside the model; at most 2 GB, which

@@ -7,6 +7,7 @@ onnxruntime fuses.
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import re
 import warnings
@@ -21,15 +22,22 @@ from torch import Tensor
 from graphprune.errors import LoweringError
 from graphprune.ir import ops
 from graphprune.ir.program import Program
-from graphprune.targets.onnx_operators import QUANTIZED, translations
 
 if TYPE_CHECKING:
     import onnx
 
 aten = torch.ops.aten
 
-_NATIVE_OPSET = 18  # the exporter writes this one; older ones are converted down from it
+_RULES = (  # of onnxscript; none changes or drops a weight, as its fusions of batch norm and of zero biases do
+    "add_0", "sub_0", "mul_by_1", "div_by_1", "no_op_cast", "no_op_expand", "no_op_transpose", "cast_cast",
+    "transpose_transpose", "reshape_reshape", "unsqueeze_unsqueeze", "squeeze_reshape_1d", "slice_split",
+    "collapse_slice", "collapse_slice2", "materialize_reshape_shape", "cast_constant_of_shape",
+    "cast_constant_of_shape_without_value",
+)  # fmt: skip
 _SIZES = {"batch": 2, "other": 8}
+
+QUANTIZED = {(0, 255): "UINT8", (-128, 127): "INT8", (-127, 127): "INT8"}
+"""ONNX integer types by range."""
 
 
 def inference_copy(program: Program, int8: bool) -> Program:
@@ -67,14 +75,15 @@ def export_model(program: Program, opset: int) -> onnx.ModelProto:
 
     Args:
         program: From ``inference_copy``.
-        opset: ONNX operator set version, 13 or newer.
+        opset: ONNX operator set version, 18 or newer.
 
     Returns:
         The model with parameters under their own names, untransposed; inputs, outputs and sizes are named for the user.
 
     Raises:
-        LoweringError: ``torch.onnx`` has no translation for some operator, or none to this opset.
+        LoweringError: ``torch.onnx`` has no translation for some operator, or none in this opset.
     """
+    translations = importlib.import_module("graphprune.targets.onnx_operators").TRANSLATIONS
     with torch.no_grad(), _quiet():
         try:
             exported = torch.export.export(
@@ -87,17 +96,16 @@ def export_model(program: Program, opset: int) -> onnx.ModelProto:
                 dynamo=True,
                 optimize=False,
                 verbose=False,
-                opset_version=max(opset, _NATIVE_OPSET),
-                custom_translation_table=translations(),
+                opset_version=opset,
+                custom_translation_table=dict(translations),
             )
-            model = _optimize(written.model, opset)
+            model = _optimize(written.model)
         except Exception as error:  # the exporters raise whatever their stages raise
             raise LoweringError(_explain(program, error)) from error
     found = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
     if found != opset:
-        raise LoweringError(
-            f"{program.name} has no form in ONNX opset {opset}: it cannot be converted from {found}; set opset={found}"
-        )
+        raise LoweringError(f"{program.name} has no form in ONNX opset {opset}, only in {found}; set opset={found}")
+    _name_tied_weights(model, program)
     name_interface(model, program)
     return model
 
@@ -174,6 +182,23 @@ def name_interface(model: onnx.ModelProto, program: Program) -> None:
     graph.name = program.name
 
 
+def _name_tied_weights(model: onnx.ModelProto, program: Program) -> None:
+    """Store a weight that goes by several names once, under the first, which is its site's name."""
+    first: dict[int, str] = {}
+    names = {
+        name: first.setdefault(id(value), name) for name, value in program.named_parameters(remove_duplicate=False)
+    }
+    present: set[str] = set()
+    for item in list(model.graph.initializer):
+        if names.get(item.name, item.name) in present:
+            model.graph.initializer.remove(item)
+        else:
+            item.name = names.get(item.name, item.name)
+            present.add(item.name)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+
+
 def _rename_values(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
     taken = {name for node in graph.node for name in node.output} | {item.name for item in graph.initializer}
     moved = {name: f"{name}__inner" for name in names.values() if name in taken and name not in names}
@@ -181,7 +206,8 @@ def _rename_values(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
-    for item in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+    values: tuple[Any, ...] = (*graph.input, *graph.output, *graph.initializer, *graph.value_info)
+    for item in values:
         item.name = names.get(item.name, item.name)
 
 
@@ -196,22 +222,23 @@ def _dynamic_shapes(program: Program) -> tuple[dict[int, object], ...]:
 def _make_views_reshapes(module: torch.fx.GraphModule) -> None:
     """Let ``view`` copy where it must.
 
-    Before: ``view(transpose(attention(...)))``.  After: ``reshape(...)``.  Export has turned the model's ``reshape`` into
-    ``view`` because of the strides that attention returned; its decomposition, which T5 gets, returns others.
+    Before: ``view(transpose(attention(...)))``.  After: ``reshape(...)``.  Export has turned the model's ``reshape``
+    into ``view`` because of the strides that attention returned; its decomposition, which T5 gets, returns others.
     """
     for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
         node.target = aten.reshape.default
     module.recompile()
 
 
-def _optimize(model: Any, opset: int) -> onnx.ModelProto:
-    """Fold constants and sizes, keep parameters whole and apart, and convert to an older opset where asked."""
+def _optimize(model: Any) -> onnx.ModelProto:
+    """Fold constants and sizes, keep parameters whole and apart."""
     import onnx_ir
-    import onnx_ir.passes.common as common
     import onnxscript.optimizer
     import onnxscript.rewriter
-    from onnxscript import version_converter
 
+    common: Any = importlib.import_module("onnx_ir.passes.common")
+    known: Any = importlib.import_module("onnxscript.rewriter.rules.common")
+    rules = [getattr(known, f"{name}_rule") for name in _RULES]
     common.InlinePass()(model)
     parameters = frozenset(model.graph.initializers)
     kept = {name for name, value in model.graph.initializers.items() if len(value.shape or ()) >= 1}
@@ -224,7 +251,7 @@ def _optimize(model: Any, opset: int) -> onnx.ModelProto:
 
     for _ in range(2):
         onnxscript.optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=should_fold)
-        onnxscript.rewriter.rewrite(model)
+        onnxscript.rewriter.rewrite(model, rules)
         common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _merge_constants(model, parameters)
@@ -234,8 +261,6 @@ def _optimize(model: Any, opset: int) -> onnx.ModelProto:
     common.RemoveUnusedOpsetsPass()(model)
     common.OutputFixPass()(model)
     common.NameFixPass()(model)
-    if opset < _NATIVE_OPSET:
-        version_converter.convert_version(model, opset, fallback=True)
     common.ClearMetadataAndDocStringPass()(model)
     return onnx_ir.to_proto(model)  # type: ignore[no-any-return]
 

@@ -158,8 +158,9 @@ def quantize_biases(draft: Draft) -> int:
 def write_residuals_as_sums(draft: Draft) -> int:
     """Keep onnxruntime from fusing a residual into its SkipLayerNormalization.
 
-    Before: ``LayerNormalization(Add(x, residual))``.  After: ``LayerNormalization(Sum(x, residual))``, the same numbers.
-    The fused kernel of onnxruntime's CPU provider (1.31) was measured to take several times as long as its parts.
+    Before: ``LayerNormalization(Add(x, residual))``.  After: ``LayerNormalization(Sum(x, residual))``, the same
+    numbers.  The fused kernel of onnxruntime's CPU provider (1.31) was measured to take several times as
+    long as its parts.
     """
     count = 0
     for node in draft.nodes("Add"):
@@ -197,8 +198,8 @@ def dedicate_dequantize(draft: Draft) -> int:
     for node in draft.nodes("DequantizeLinear"):
         value = node.outputs[0]
         users = list(value.outputs)
-        for index, user in enumerate(users[1:], start=1):
-            copied = draft.add("DequantizeLinear", f"{value.name}_{index}", list(node.inputs), dict(node.attrs))
+        for user in users[1:]:
+            copied = draft.add("DequantizeLinear", f"{value.name}_for_{user.name}", list(node.inputs), dict(node.attrs))
             user.inputs = [copied if item is value else item for item in user.inputs]
             count += 1
     return count

@@ -256,7 +256,7 @@ def example(name: str) -> tuple[Tensor, ...] | None:
 
 
 def mlp() -> nn.Module:
-    """A factory by name, for ``graphprune inspect tests.models:mlp``-like arguments; it brings its own example."""
+    """A factory by name, for ``graphprune inspect tests.models:mlp --input x=4x16``."""
     return MODELS["mlp"]()
 
 

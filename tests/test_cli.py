@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from graphprune import cli
 
 _MASKS = "insert-masks{sparsity=0.5,criterion=magnitude,schedule=one-shot}"
-_MLP = ("models:mlp", "--input", "x=4x16")
+_MLP = ("tests.models:mlp", "--input", "x=4x16")
 
 
 def run(*arguments: str | Path) -> Result:
@@ -89,7 +89,8 @@ def test_transform_prints_the_graph_alone(golden: Callable[[str, str], None]) ->
 def test_transform_reads_a_recipe_with_variables(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "version: 1\nvariables: {amount: 0.5}\npipeline:\n  - insert-masks: {sparsity: '${amount}', schedule: one-shot}\n"
+        "version: 1\nvariables: {amount: 0.5}\npipeline:\n"
+        "  - insert-masks: {sparsity: '${amount}', schedule: one-shot}\n"
         "  - remove-dead\n"
     )
     result = run("transform", *_MLP, "--recipe", recipe, "--set", "amount=0.25", "--dump", tmp_path / "dump")
@@ -100,20 +101,20 @@ def test_transform_reads_a_recipe_with_variables(tmp_path: Path) -> None:
 
 
 def test_transform_with_labels() -> None:
-    result = run("transform", "models:bert_qa", "--labels")
+    result = run("transform", "tests.models:bert_qa", "--labels")
     assert result.stdout.startswith("graph @bert_for_question_answering(")
     assert "%start_positions: i64[b]" in result.stdout
 
 
 def test_export_and_verify(saved: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    result = run("export", saved, "--target", "onnx", "-o", tmp_path / "artifact", "--option", "opset=17")
+    result = run("export", saved, "--target", "onnx", "-o", tmp_path / "artifact", "--option", "opset=19")
     assert result.exit_code == 0, result.stderr
     assert "3 weights measured" in result.stdout
     verified = run("verify", tmp_path / "artifact")
     assert verified.exit_code == 0, verified.stderr
     assert verified.stdout.count("passed") == 3
-    assert json.loads((tmp_path / "artifact" / "manifest.json").read_text())["options"]["opset"] == 17
+    assert json.loads((tmp_path / "artifact" / "manifest.json").read_text())["options"]["opset"] == 19
     (tmp_path / "artifact" / "model.onnx").write_bytes(b"x")
     assert "model.onnx was changed" in refused("verify", tmp_path / "artifact")
     assert "exported artifact" in refused("inspect", tmp_path / "artifact")
@@ -141,12 +142,12 @@ def test_passes_and_targets() -> None:
     [
         (["inspect", "./nowhere"], "no such model"),
         (["inspect", "no-such-model/at-all"], "neither a local folder"),
-        (["inspect", "models:mpl"], "did you mean 'mlp'"),
-        (["inspect", "models:mlp"], "example_inputs"),
+        (["inspect", "tests.models:mpl"], "did you mean 'mlp'"),
+        (["inspect", "tests.models:mlp"], "example_inputs"),
         (["inspect", *_MLP, "--select", "frist"], "did you mean 'first'"),
-        (["inspect", "models:mlp", "--input", "x=4by16"], "write NAME=SHAPE"),
-        (["inspect", "models:mlp", "--input", "x"], "write NAME=VALUE"),
-        (["inspect", "models:mlp", "--input", "x=4x16:flaot"], "write NAME=SHAPE"),
+        (["inspect", "tests.models:mlp", "--input", "x=4by16"], "write NAME=SHAPE"),
+        (["inspect", "tests.models:mlp", "--input", "x"], "write NAME=VALUE"),
+        (["inspect", "tests.models:mlp", "--input", "x=4x16:flaot"], "write NAME=SHAPE"),
         (["transform", *_MLP, "-p", "insert-msaks"], "did you mean 'insert-masks'"),
         (["transform", *_MLP, "-p", "insert-masks{sparsity=80}"], "is not in"),
         (["transform", *_MLP, "-p", "insert-masks{"], "column 14"),
@@ -199,11 +200,15 @@ def test_an_interrupt_has_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None
 def test_as_a_process() -> None:
     """The console entry point: JSON alone on standard output, also when libraries log, and codes reach the shell."""
     command = [sys.executable, "-c", "from graphprune.cli import main; main()", "inspect", "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TRANSFORMERS_VERBOSITY": "debug"}
-    good = subprocess.run([*command, "models:bert_qa"], capture_output=True, text=True, env=environment, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TRANSFORMERS_VERBOSITY": "debug"}
+
+    def start(model: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, model], capture_output=True, text=True, env=environment, timeout=120)
+
+    good = start("tests.models:bert_qa")
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["totals"]["sites"] > 0
-    bad = subprocess.run([*command, "models:brt_qa"], capture_output=True, text=True, env=environment, timeout=120)
+    bad = start("tests.models:brt_qa")
     assert bad.returncode == 2
     assert bad.stdout == ""
-    assert bad.stderr.startswith("error: models:brt_qa")
+    assert bad.stderr.startswith("error: tests.models:brt_qa")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ConvBn, example
+from tests.models import ConvBn, example
 from torch import Tensor, nn
 from torch.nn import functional as F
-from traced import answer, run_passes, traced
+from tests.traced import answer, run_passes, traced
 
 from graphprune.ir.program import Program
 from graphprune.ir.trace import trace

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MODELS, example
-from traced import answer, run_passes, traced
+from tests.models import MODELS, example
+from tests.traced import answer, run_passes, traced
 
 from graphprune.errors import PassError, SparsityError
 from graphprune.ir.masking import Pruned, masked_sites

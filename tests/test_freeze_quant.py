@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import example
-from traced import answer, run_passes, traced
+from tests.models import example
+from tests.traced import answer, run_passes, traced
 
 from graphprune.errors import PassError
 from graphprune.ir import ops

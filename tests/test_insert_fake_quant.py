@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import example
+from tests.models import example
 from torch import Tensor, nn
 from torch.nn import functional as F
-from traced import answer, run_passes, traced
+from tests.traced import answer, run_passes, traced
 
 from graphprune.errors import PassError, RecipeError
 from graphprune.ir import ops
@@ -147,12 +147,24 @@ def test_a_second_run_uses_the_quantizers_of_the_first() -> None:
     assert sum(not decision.weight for _, decision in quantizers(program)) == seen + 1
 
 
-def test_an_activation_of_two_runs_is_observed_once() -> None:
-    program = traced("residual")
-    run_passes(program, "insert-fake-quant{select=[stem]}")
-    run_passes(program, "insert-fake-quant{select=[branch1]}")
-    sources = [node.args[0] for node, decision in quantizers(program) if not decision.weight]
-    assert len(set(sources)) == len(sources) == 2
+class TwoReaders(nn.Module):
+    """Two layers that read one activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x)
+
+
+@pytest.mark.parametrize("text", ["insert-fake-quant", "insert-fake-quant{select=left},insert-fake-quant{select=right}"])
+def test_an_activation_of_two_layers_is_observed_once(text: str) -> None:
+    program = run_passes(trace(TwoReaders(), torch.randn(3, 4)), text)
+    activations = [(node, decision) for node, decision in quantizers(program) if not decision.weight]
+    assert [decision.prefix for _, decision in activations] == ["left.input"]
+    assert len(activations[0][0].users) == 2
 
 
 def test_a_convolution_before_batch_norm_waits_for_folding() -> None:

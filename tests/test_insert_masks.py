@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import example
+from tests.models import example
 from torch import Tensor, nn
 from torch.nn import functional as F
-from traced import answer, run_passes, traced
+from tests.traced import answer, run_passes, traced
 
 from graphprune.errors import RecipeError, SparsityError
 from graphprune.ir import ops

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import HUGGING_FACE, MODELS, PLAIN, example
 from torch import nn
 
 from graphprune.artifact.inspection import inspect
@@ -17,6 +16,7 @@ from graphprune.errors import GraphPruneError, RecipeError, SparsityError
 from graphprune.ir.program import Program
 from graphprune.ir.trace import trace
 from graphprune.pipeline.transform import transform
+from tests.models import HUGGING_FACE, MODELS, PLAIN, example
 
 _LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import example
-from traced import answer, run_passes, traced
+from tests.models import example
+from tests.traced import answer, run_passes, traced
 
 from graphprune.ir import ops
 from graphprune.ir.program import Program

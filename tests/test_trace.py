@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import HUGGING_FACE, MODELS, PLAIN, example
+from tests.models import HUGGING_FACE, MODELS, PLAIN, example
 from torch import Tensor, nn
 from torch.nn import functional as F
-from traced import pair, traced
+from tests.traced import pair, traced
 
 from graphprune.errors import TraceError
 from graphprune.ir.examples import default_inputs

@@ -6,7 +6,7 @@ import copy
 import functools
 
 import torch
-from models import MODELS, example
+from tests.models import MODELS, example
 from torch import Tensor, nn
 
 from graphprune.ir.program import Program

@@ -25,6 +25,7 @@ from graphprune.demo.settings import PRUNING, QUANTIZING, Settings, model_folder
 from graphprune.demo.trainer import CHECKPOINT, Interrupted, Stage, TeacherCache, Trainer, read_checkpoint
 from graphprune.ir.masking import masked_sites
 from graphprune.ir.program import Program
+from graphprune.ir.trace import trace
 from graphprune.pipeline.registry import make_target
 from graphprune.pipeline.transform import transform
 from graphprune.training import Distillation, calibrate
@@ -72,7 +73,8 @@ def run_demo(
         f"all-MiniLM-L6-v2, {len(data.train)} training and {len(data.held_out)} held-out sentences, {torch.get_num_threads()} threads"
     )
     with _progress(console) as progress:
-        program = transform(copy.deepcopy(teacher), PRUNING, in_place=True, output_hidden_states=True)
+        example = _inputs(data.train[:2])
+        program = transform(copy.deepcopy(teacher), PRUNING, example, in_place=True, output_hidden_states=True)
         freeze_embeddings(program)
         cache = TeacherCache.build(teacher, data.train, progress)
         distillation = Distillation(teacher, hidden=settings.hidden, embedding=settings.embedding)
@@ -101,7 +103,13 @@ def _load_model() -> nn.Module:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.BertModel.from_pretrained(model_folder(), add_pooling_layer=False, dtype=torch.float32)
+    model = transformers.BertModel.from_pretrained(
+        model_folder(),
+        add_pooling_layer=False,
+        dtype=torch.float32,
+        hidden_dropout_prob=0.0,  # the student is to copy its teacher, noise would only blur it
+        attention_probs_dropout_prob=0.0,
+    )
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -117,6 +125,10 @@ def _load_data(settings: Settings) -> _Data:
         tokenize(tokenizer, train, settings.length),
         tokenize(tokenizer, held_out, settings.length),
     )
+
+
+def _inputs(items: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    return dict(zip(("input_ids", "attention_mask"), pad(items), strict=True))
 
 
 def freeze_embeddings(program: Program) -> None:
@@ -165,10 +177,10 @@ def _train(
 def _export_all(
     out: Path, teacher: nn.Module, sparse: Program, quantized: Program, data: _Data, progress: Progress
 ) -> dict[str, Artifact]:
-    dense = transform(teacher, (), in_place=True)
-    calibrated = transform(teacher, QUANTIZING)
+    dense = trace(teacher, _inputs(data.train[:2]))
+    calibrated = transform(dense, QUANTIZING)
     epoch = batches(data.train, 1024, seed=0)[:16]
-    calibrate(calibrated, [dict(zip(("input_ids", "attention_mask"), pad([data.train[i] for i in b]), strict=True)) for b in epoch])
+    calibrate(calibrated, [_inputs([data.train[index] for index in batch]) for batch in epoch])
     sparse, quantized = (transform(program, "keep-outputs{names=last_hidden_state}") for program in (sparse, quantized))
     save_program(quantized, out / "program", overwrite=True)
     programs = {"dense fp32": dense, "dense int8": calibrated, "sparse fp32": sparse, "sparse int8": quantized}

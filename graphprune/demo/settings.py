@@ -11,7 +11,7 @@ from graphprune.errors import GraphPruneError
 
 PRUNING = (
     "find-prunable{include_last=true}",
-    "insert-masks{pattern=4x1,sparsity=0.8,criterion=snip_momentum,schedule=cubic,warm_up=0.03,cool_down=0.6,frequency=10}",
+    "insert-masks{pattern=4x1,sparsity=0.8,criterion=snip_momentum,schedule=cubic,warm_up=0.03,cool_down=0.65,frequency=10}",
 )
 QUANTIZING = "insert-fake-quant{momentum=0.05}"
 
@@ -37,11 +37,11 @@ class Settings:
     """
 
     prune_steps: int = 1400
-    quantize_steps: int = 150
+    quantize_steps: int = 80
     tokens: int = 384
     length: int = 64
     sentences: int = 0
-    rate: float = 1e-3
+    rate: float = 1.5e-3
     quantize_rate: float = 1.5e-4
     warm_up: float = 0.05
     hidden: float = 6.0

@@ -131,7 +131,7 @@ class Trainer:
                 session.record(loss=loss)
                 optimizer.step()
                 optimizer.zero_grad()
-                description = f"{stage.name}  sparsity {session.sparsity:.3f}  loss {float(loss):.3f}"
+                description = f"{stage.name}  sparsity {session.sparsity:.3f}  loss {float(loss.detach()):.3f}"
                 progress.update(task, completed=session.step, description=description)
                 due = session.step % self.settings.checkpoint_every == 0
                 if (due and session.step < stage.steps) or interrupted:

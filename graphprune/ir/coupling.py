@@ -19,9 +19,9 @@ _CONTRACTIONS = {
 }  # fmt: skip
 
 
-def dataflow(program: Program) -> nx.DiGraph:
+def dataflow(program: Program) -> nx.DiGraph[str]:
     """The graph's nodes by name, with an edge from each value to each operator that uses it."""
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[str] = nx.DiGraph()
     for node in program.graph.nodes:
         graph.add_node(node.name, op=node.op)
         graph.add_edges_from((used.name, node.name) for used in node.all_input_nodes)
@@ -38,11 +38,11 @@ def last_sites(program: Program, sites: Iterable[Site]) -> set[str]:
     return {site.name for site in sites if order.out_degree(site.name) == 0} if len(sites) > 1 else set()
 
 
-def _between_sites(program: Program, sites: tuple[Site, ...]) -> nx.DiGraph:
+def _between_sites(program: Program, sites: tuple[Site, ...]) -> nx.DiGraph[str]:
     """Sites, with an edge where the result of one reaches the next one's use without passing a third."""
     owner = {use: site.name for site in sites for use in site.uses}
     reaching: dict[fx.Node, frozenset[str]] = {}
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(site.name for site in sites)
     for node in program.graph.nodes:
         sources = frozenset().union(*(reaching.get(used, frozenset()) for used in node.all_input_nodes))
@@ -68,7 +68,7 @@ def coupled_sites(program: Program, sites: Iterable[Site]) -> list[frozenset[str
     """
     owner = {use: site.name for site in sites for use in site.uses}
     reaching: dict[fx.Node, frozenset[str]] = {}
-    graph = nx.Graph()
+    graph: nx.Graph[str] = nx.Graph()
     graph.add_nodes_from(owner.values())
     for node in program.graph.nodes:
         if node.name in owner:

@@ -164,7 +164,7 @@ def update_masks(sites: Sequence[MaskedSite], sparsity: float, stored: Mapping[s
 def sparsity_of(sites: Sequence[MaskedSite]) -> float:
     """Fraction of masked weights over some sites."""
     total = sum(site.mask.numel() for site in sites)
-    return 1.0 - sum(int(site.mask.sum()) for site in sites) / total if total else 0.0
+    return 1.0 - sum(int(torch.count_nonzero(site.mask)) for site in sites) / total if total else 0.0
 
 
 def reached(sites: Sequence[MaskedSite]) -> tuple[bool, float, float]:

@@ -159,10 +159,16 @@ class Program(fx.GraphModule):
         return next((node for node in self._graph.find_nodes(op="get_attr", target=name)), None)
 
     def tensor(self, name: str) -> Tensor:
-        """The parameter or buffer of a dotted name."""
-        owner, _, leaf = name.rpartition(".")
-        value = getattr(self.get_submodule(owner), leaf)
-        assert isinstance(value, Tensor)
+        """The parameter or buffer of a dotted name.
+
+        Raises:
+            AttributeError: There is none.
+        """
+        value: Any = self
+        for part in name.split("."):  # get_submodule is slower, and passes ask for every tensor
+            value = getattr(value, part)
+        if not isinstance(value, Tensor):
+            raise AttributeError(f"{name} is no parameter or buffer but a {type(value).__name__}")
         return value
 
     def add_buffer(self, name: str, value: Tensor) -> None:
@@ -331,6 +337,11 @@ def _unshare(module: nn.Module, state: dict[str, Any], prefix: str, local_metada
         if value.numel() and key in seen:
             state[name] = value.clone()
         seen.add(key)
+
+
+def attributes(program: Program) -> dict[str, fx.Node]:
+    """All parameter and buffer nodes by name."""
+    return {str(node.target): node for node in program.graph.find_nodes(op="get_attr")}
 
 
 def snake_case(name: str) -> str:

@@ -33,7 +33,7 @@ class Operator:
     groups: int | None = None
 
 
-OPERATORS = {
+OPERATORS: dict[object, Operator] = {
     aten.linear.default: Operator("linear", 1, Layout.OUT_IN),
     aten.addmm.default: Operator("addmm", 2, Layout.IN_OUT),
     aten.mm.default: Operator("mm", 1, Layout.IN_OUT),

@@ -12,6 +12,8 @@ from graphprune.ir import ops
 from graphprune.ir.printer import print_program
 from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
+from graphprune.ir.quantizing import quantizers
+from graphprune.quant.schemes import parse_scheme
 
 _FLAGS = ("training", "observing")
 
@@ -77,11 +79,9 @@ def _check_graph(program: Program) -> None:
 
 def _check_attribute(program: Program, node: fx.Node) -> None:
     try:
-        value = program.tensor(str(node.target))
+        program.tensor(str(node.target))
     except AttributeError:
         raise _fail(program, "graph", node, "no parameter or buffer has this name") from None
-    if not isinstance(value, Tensor):
-        raise _fail(program, "graph", node, "is no tensor")
 
 
 def _buffer(program: Program, flag: Property, node: fx.Node, argument: object, role: str) -> Tensor:
@@ -91,7 +91,8 @@ def _buffer(program: Program, flag: Property, node: fx.Node, argument: object, r
 
 
 def _check_masked(program: Program) -> None:
-    owners: dict[str, str] = {}
+    masks: dict[str, str] = {}
+    weights: dict[str, str] = {}
     for node in program.calls(ops.mask):
         mask = _buffer(program, Property.MASKED, node, node.args[1], "mask")
         weight = node.args[0]
@@ -101,13 +102,15 @@ def _check_masked(program: Program) -> None:
             raise _fail(program, Property.MASKED, node, f"the mask is {mask.dtype}, not bool")
         if mask.shape != program.tensor(str(weight.target)).shape:
             raise _fail(program, Property.MASKED, node, "mask and weight differ in shape")
-        name = str(node.args[1].target)  # type: ignore[union-attr]
-        if owners.setdefault(str(weight.target), name) != name or list(owners.values()).count(name) > 1:
+        name, owner = str(node.args[1].target), str(weight.target)  # type: ignore[union-attr]
+        if masks.setdefault(owner, name) != name or weights.setdefault(name, owner) != owner:
             raise _fail(program, Property.MASKED, node, "a weight has one mask and a mask has one weight")
 
 
 def _check_fake_quant(program: Program) -> None:
-    for node in program.calls(ops.fake_quantize):
+    for node, decision in quantizers(program):
+        if decision is None:
+            raise _fail(program, Property.FAKE_QUANT, node, "it carries no decision; insert it with insert-fake-quant")
         scale = _buffer(program, Property.FAKE_QUANT, node, node.args[1], "scale")
         zero_point = _buffer(program, Property.FAKE_QUANT, node, node.args[2], "zero-point")
         low, high, axis = node.args[3], node.args[4], node.args[5] if len(node.args) > 5 else -1
@@ -117,6 +120,8 @@ def _check_fake_quant(program: Program) -> None:
             raise _fail(program, Property.FAKE_QUANT, node, "scale must be finite and positive")
         if not bool(((zero_point >= low) & (zero_point <= high)).all()):  # type: ignore[operator]
             raise _fail(program, Property.FAKE_QUANT, node, f"zero-point must lie in [{low}, {high}]")
+        if parse_scheme(decision.scheme).symmetric and bool(zero_point.any()):
+            raise _fail(program, Property.FAKE_QUANT, node, "the zero-point of a symmetric scheme is 0")
         if scale.shape != zero_point.shape:
             raise _fail(program, Property.FAKE_QUANT, node, "scale and zero-point differ in shape")
         value = node.args[0].meta.get("val")  # type: ignore[union-attr]

@@ -40,12 +40,14 @@ def substitute(value: object, variables: Mapping[str, object], where: str) -> ob
         return {key: substitute(item, variables, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [substitute(item, variables, f"{where}[{index}]") for index, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-    whole = _WHOLE.fullmatch(value.strip())
+    return _replace(value, variables, where, ()) if isinstance(value, str) else value
+
+
+def _replace(text: str, variables: Mapping[str, object], where: str, open_names: tuple[str, ...]) -> object:
+    whole = _WHOLE.fullmatch(text.strip())
     if whole:
-        return _evaluate(whole.group(1), variables, where, ())
-    return _WHOLE.sub(lambda match: str(_evaluate(match.group(1), variables, where, ())), value)
+        return _evaluate(whole.group(1), variables, where, open_names)
+    return _WHOLE.sub(lambda match: str(_evaluate(match.group(1), variables, where, open_names)), text)
 
 
 def _evaluate(text: str, variables: Mapping[str, object], where: str, open_names: tuple[str, ...]) -> object:
@@ -65,16 +67,23 @@ def _walk(tree: ast.expr, variables: Mapping[str, object], where: str, open_name
     if isinstance(tree, ast.Name):
         return _variable(tree.id, variables, where, open_names)
     if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
-        return -_walk(tree.operand, variables, where, open_names)  # type: ignore[operator]
+        return -_number(tree.operand, variables, where, open_names)
     if isinstance(tree, ast.BinOp) and type(tree.op) in _BINARY:
-        left = _walk(tree.left, variables, where, open_names)
-        return _BINARY[type(tree.op)](left, _walk(tree.right, variables, where, open_names))
+        left = _number(tree.left, variables, where, open_names)
+        return _BINARY[type(tree.op)](left, _number(tree.right, variables, where, open_names))
     if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in _CALLS and not tree.keywords:
-        return _CALLS[tree.func.id](*(_walk(item, variables, where, open_names) for item in tree.args))
+        return _CALLS[tree.func.id](*(_number(item, variables, where, open_names) for item in tree.args))
     raise RecipeError(
         f"{where}: {ast.unparse(tree)!r} is not allowed; an expression has numbers, variables, + - * / // % and "
         f"{', '.join(_CALLS)}"
     )
+
+
+def _number(tree: ast.expr, variables: Mapping[str, object], where: str, open_names: tuple[str, ...]) -> int | float:
+    value = _walk(tree, variables, where, open_names)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{value!r} is no number")
+    return value
 
 
 def _variable(name: str, variables: Mapping[str, object], where: str, open_names: tuple[str, ...]) -> object:
@@ -83,5 +92,4 @@ def _variable(name: str, variables: Mapping[str, object], where: str, open_names
     if name in open_names:
         raise RecipeError(f"{where}: variables refer to each other in a circle: {' -> '.join((*open_names, name))}")
     value = variables[name]
-    reference = _WHOLE.fullmatch(value.strip()) if isinstance(value, str) else None
-    return _evaluate(reference.group(1), variables, where, (*open_names, name)) if reference else value
+    return _replace(value, variables, where, (*open_names, name)) if isinstance(value, str) else value

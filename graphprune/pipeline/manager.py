@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,7 @@ import networkx as nx
 
 from graphprune.errors import GraphPruneError, PassError, VerifyError
 from graphprune.ir.printer import print_program
-from graphprune.ir.program import Program
+from graphprune.ir.program import META, Program
 from graphprune.ir.properties import Property
 from graphprune.ir.verifier import verify
 from graphprune.pipeline.base import Coverage, Pass, PassResult
@@ -43,7 +43,7 @@ class PassManager:
     """A pipeline: passes to run in this order.
 
     Attributes:
-        passes: The passes.
+        passes: The passes; those of a ``Pipeline`` among them stand in its place.
         instruments: Observers.
         reproducer: Folder for the IR before a failing pass and the rest of the recipe; None writes nothing.
     """
@@ -51,6 +51,9 @@ class PassManager:
     passes: tuple[Pass, ...]
     instruments: tuple[Instrument, ...] = ()
     reproducer: Path | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passes", tuple(_flatten(self.passes)))
 
     def check_order(self, properties: Property) -> Property:
         """Fold what the passes require, establish and destroy over the pipeline.
@@ -92,8 +95,8 @@ class PassManager:
             in_place: Rewrite ``program`` itself and share its parameters, which saves the memory of a copy.
 
         Raises:
-            PassError: The order is wrong, a pass failed, or it left an invalid Program. Names the pass, its index and the
-                passes that ran before it.
+            PassError: The order is wrong, a pass failed, it left an invalid Program, or it changed the graph and said
+                that it did not. Names the pass, its index and the passes that ran before it.
         """
         self.check_order(program.properties)
         if not in_place:
@@ -103,9 +106,12 @@ class PassManager:
             for instrument in self.instruments:
                 instrument.before_pass(index, step, program)
             before = print_program(program) if self.reproducer else ""
+            structure = _structure(program)
             with self._explained(index, step, before):
                 result = step.run(program)
                 program = result.program
+                if not result.changed and _structure(program) != structure:
+                    raise PassError("it changed the graph and returned changed=False; return changed=True, or stale code runs")
                 program.properties = (program.properties & ~step.destroys) | step.establishes
                 if result.changed:
                     program.recompile()
@@ -117,7 +123,7 @@ class PassManager:
         return PipelineResult(program, tuple(results))
 
     @contextlib.contextmanager
-    def _explained(self, index: int, step: Pass, before: str) -> Iterable[None]:  # type: ignore[misc]
+    def _explained(self, index: int, step: Pass, before: str) -> Iterator[None]:
         try:
             yield
         except GraphPruneError as error:
@@ -141,6 +147,24 @@ class PassManager:
         return f"{note}; reproducer in {self.reproducer}"
 
 
+def _flatten(passes: Iterable[Pass]) -> Iterator[Pass]:
+    for step in passes:
+        if isinstance(step, Pipeline):
+            yield from _flatten(step.passes)
+        else:
+            yield step
+
+
+def _structure(program: Program) -> int:
+    """A hash of everything in the graph that its text shows, but for the values of buffers."""
+    return hash(
+        tuple(
+            (node.name, node.op, node.target, str(node.args), str(node.kwargs), str(node.meta.get(META) or ""))
+            for node in program.graph.nodes
+        )
+    )
+
+
 def requirement_graph(passes: Sequence[Pass]) -> nx.DiGraph:
     """Which pass could serve which: an edge from each pass to every pass that requires what it establishes."""
     graph = nx.DiGraph()
@@ -158,6 +182,9 @@ class Pipeline(Pass):
 
     name = "pipeline"
     passes: tuple[Pass, ...] = ()
+
+    def __str__(self) -> str:
+        return ",".join(str(step) for step in self.passes)
 
     def run(self, program: Program) -> PassResult:
         """Run the passes in order, in place."""

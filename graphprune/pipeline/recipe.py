@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,14 @@ class Recipe:
             RecipeError: Anything in it is malformed or unknown; names its path, such as
                 ``pipeline[1].insert-masks.sparsity``.
         """
-        if isinstance(source, Recipe):
-            return source
         if isinstance(source, Path):
             return cls.load(source, **overrides)
         if isinstance(source, Mapping):
             return cls._from_mapping(source, overrides)
+        for name in overrides:
+            raise RecipeError(f"variable {name!r} cannot be set: only a recipe file or mapping has variables")
+        if isinstance(source, Recipe):
+            return source
         steps: Sequence[Step] = [source] if isinstance(source, (Pass, str)) else source
         return cls(_passes(steps, {}))
 
@@ -136,23 +139,41 @@ class Recipe:
         if self.target is not None:
             options = {key: _data(value) for key, value in vars(self.target).items()}
             data["target"] = {"name": self.target.name, "options": options}
-        return yaml.safe_dump(data, sort_keys=False)
+        return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
     def __str__(self) -> str:
         return self.text()
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
+    """Safe YAML that refuses a key given twice and reads numbers as YAML 1.2 does: 2:4 is a text, 1e-3 a number."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key is a list or mapping", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that puts a text in quotes where YAML 1.1 or 1.2 would read a number."""
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(_NUMBERS[0], re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+    _side.add_implicit_resolver(_NUMBERS[1], _FLOAT, list("-+0123456789."))
+_Loader.add_constructor(_NUMBERS[0], lambda loader, node: int(node.value))  # 010 is ten
 
 
 def _passes(steps: Sequence[object], variables: Mapping[str, object]) -> tuple[Pass, ...]:
@@ -187,7 +208,7 @@ def _data(value: object) -> object:
 
 
 def _explain(error: ValidationError) -> str:
-    problem = error.errors()[0]
+    problem = max(error.errors(), key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
     path = ""
     for part in problem["loc"]:
         if isinstance(part, int):
@@ -195,6 +216,6 @@ def _explain(error: ValidationError) -> str:
         elif not (part.startswith(("list[", "dict[", "_Target")) or part in ("str", "bool", "int", "float")):
             path += f".{part}" if path else part
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{suggest(path, _RecipeFile.model_fields)}"
+        owner, _, key = path.rpartition(".")
+        return f"unknown key {path!r}{suggest(key, (_TargetFile if owner else _RecipeFile).model_fields)}"
     return f"{path or 'recipe'}: {problem['msg']}, not {problem['input']!r}"
-

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from graphprune.errors import GraphPruneError, RecipeError, suggest
 from graphprune.pipeline.base import Pass
@@ -101,10 +101,12 @@ def _build(cls: type[T], name: str, options: Mapping[str, object], where: str) -
 
 
 def _listed(value: object, hint: object) -> object:
-    """A single name stands for a list of one."""
-    return (value,) if isinstance(value, str) and get_origin(hint) is tuple else value
+    """A list as the tuple that options hold; a single name stands for a list of one."""
+    if get_origin(hint) is not tuple:
+        return value
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,) if isinstance(value, str) else value
 
 
 @cache
 def _adapter(cls: type[Any], option: str) -> TypeAdapter[Any]:
-    return TypeAdapter(get_type_hints(cls)[option], config={"title": option})
+    return TypeAdapter(get_type_hints(cls)[option], config=ConfigDict(title=option, strict=True))

@@ -141,5 +141,9 @@ class _Reader:
             self.expect("]")
             return items
         if self.peek('"'):
-            return str(json.loads(self.match(_QUOTED, "a closing quote")))
+            quoted = self.match(_QUOTED, "a closing quote")
+            try:
+                return str(json.loads(quoted))
+            except ValueError as error:
+                raise RecipeError(f"pipeline text: {quoted} is no JSON string: {error}") from None
         return _scalar(self.match(_WORD, "a value"))

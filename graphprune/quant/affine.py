@@ -110,7 +110,10 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) 
     Returns:
         Shape and dtype of ``x``; zeros of ``x`` stay exactly zero.
     """
-    return dequantize(quantize(x, scale, zero_point, scheme), scale, zero_point, scheme.axis).to(x.dtype)
+    scale, zero_point = _along(scale, x, scheme.axis), _along(zero_point, x, scheme.axis)
+    # the same as quantize and dequantize, bit for bit, in float32 and in place: integers below 2 ** 24 are exact there
+    grid = torch.div(x.detach().float(), scale).round_().add_(zero_point).clamp_(scheme.qmin, scheme.qmax)
+    return grid.sub_(zero_point).mul_(scale).to(x.dtype)
 
 
 def _along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:

@@ -1,0 +1,81 @@
+"""Values of command-line options: ``NAME=VALUE`` pairs, and example inputs described by shape and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from graphprune.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from graphprune.ir.program import Program
+
+
+def pairs(texts: list[str] | None, option: str) -> dict[str, str]:
+    """Split texts ``NAME=VALUE``; the option's name is for messages.
+
+    Raises:
+        RecipeError: A text has no name or no equals sign, or a name comes twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise RecipeError(f"{option} {text}: write NAME=VALUE")
+        if name in found:
+            raise RecipeError(f"{option}: {name!r} is given twice")
+        found[name] = value
+    return found
+
+
+def assignments(texts: list[str] | None, option: str) -> dict[str, object]:
+    """Split texts ``NAME=VALUE`` and read the values as YAML: 0.8 is a number, true a bool, 4x1 a string.
+
+    Raises:
+        RecipeError: A text is malformed, a name comes twice, or a value is no YAML.
+    """
+    import yaml
+
+    values: dict[str, object] = {}
+    for name, text in pairs(texts, option).items():
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{option} {name}={text}: cannot be read as a YAML value") from error
+    return values
+
+
+def example_inputs(model: nn.Module | Program, texts: list[str] | None) -> Mapping[str, Tensor] | None:
+    """Example inputs from ``--input NAME=SHAPE[:DTYPE]``.
+
+    Returns:
+        Tensors on the model's device: normal noise with a fixed seed, or alternating 0 and 1 for integers. None where
+        ``texts`` is empty.
+
+    Raises:
+        RecipeError: A text is malformed, or the model is a Program, which needs no inputs.
+    """
+    if not texts:
+        return None
+    import torch
+
+    from graphprune.ir.program import Program, device_of
+
+    if isinstance(model, Program):
+        raise RecipeError("--input: a saved Program is traced already; leave --input out")
+    device = device_of(model)
+    tensors: dict[str, Tensor] = {}
+    for name, text in pairs(texts, "--input").items():
+        sizes, _, kind = text.partition(":")
+        dtype = getattr(torch, kind or "float32", None)
+        parts = sizes.split("x")
+        if not isinstance(dtype, torch.dtype) or not all(part.isdecimal() for part in parts):
+            raise RecipeError(f"--input {name}={text}: write NAME=SHAPE[:DTYPE], such as x=4x16 or ids=4x8:int64")
+        shape = [int(part) for part in parts]
+        if dtype.is_floating_point:
+            tensors[name] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        else:
+            tensors[name] = (torch.arange(torch.Size(shape).numel()).view(shape) % 2).to(device, dtype)
+    return tensors

@@ -1,0 +1,223 @@
+"""Artifacts: what the manifest says is what the files are, and every kind of damage is found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import graphprune as gp
+from graphprune.artifact.files import sha256, written
+from graphprune.artifact.verification import largest_difference
+from graphprune.targets.onnx import Onnx
+from tests.models import MODELS
+
+onnx = pytest.importorskip("onnx", reason="the ONNX target needs the extra onnx")
+SITE = "bert.encoder.layer.1.intermediate.dense.weight"
+PIPELINE = "insert-masks{pattern=4x1,sparsity=0.8,criterion=magnitude,schedule=one-shot}"
+
+
+@pytest.fixture(scope="module")
+def program() -> gp.Program:
+    return gp.transform(MODELS["bert_qa"]().eval(), PIPELINE, labels=True)
+
+
+@pytest.fixture(scope="module")
+def quantized(program: gp.Program) -> gp.Program:
+    copied = gp.transform(program, "insert-fake-quant")
+    gp.training.calibrate(copied, [{"input_ids": torch.randint(0, 99, (4, 8))} for _ in range(2)])
+    return copied
+
+
+@pytest.fixture(scope="module")
+def exported(quantized: gp.Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return gp.export(quantized, "onnx", tmp_path_factory.mktemp("artifact") / "out").folder
+
+
+@pytest.fixture
+def artifact(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "out"))
+
+
+def edit_weight(folder: Path, site: str, change: object) -> None:
+    """Change one initializer of the model file, and make the manifest's size and hash fit."""
+    path = folder / "model.onnx"
+    model = onnx.load(path)
+    tensor = next(item for item in model.graph.initializer if item.name.startswith(site) and len(item.dims) == 2)
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    change(values)  # type: ignore[operator]
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        if entry["name"] == "model.onnx":
+            entry.update(bytes=path.stat().st_size, sha256=sha256(path))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_the_manifest_has_what_the_contract_asks(artifact: Path) -> None:
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert {"target", "recipe", "versions", "files", "sites", "parity", "coverage"} <= set(manifest)
+    assert {"max_abs", "tolerance", "worst_node"} <= set(manifest["parity"])
+    for entry in manifest["files"]:
+        assert (artifact / entry["name"]).stat().st_size == entry["bytes"]
+    site = next(item for item in manifest["sites"] if item["name"] == SITE)
+    assert site["pattern"] == "4x1"
+    assert site["pattern_holds"]
+    assert site["zeros_at_zero_point"]
+    assert site["stored"] == "int8"
+    assert manifest["recipe"].startswith("insert-masks{")
+    assert (artifact / "config.json").is_file()
+
+
+def test_verify_passes_and_prints_every_check(artifact: Path) -> None:
+    report = gp.verify(artifact)
+    assert report.passed
+    assert [check.name for check in report.checks] == ["files", "sparsity", "parity"]
+    assert "0.8" in str(report)
+
+
+def test_measured_sparsity_is_that_of_the_masks(program: gp.Program, exported: Path, tmp_path: Path) -> None:
+    from graphprune.artifact.manifest import Manifest
+
+    manifest = Manifest.read(exported)
+    assert manifest.sparsity() == pytest.approx(0.8, abs=0.002)
+
+
+def test_a_block_made_nonzero_is_found_and_its_layer_named(artifact: Path) -> None:
+    def fill(values: np.ndarray) -> None:
+        blocks = values.T if values.shape[0] < values.shape[1] else values  # stored [in, out] or [out, in]
+        zero = np.argwhere((blocks.reshape(-1, 4, blocks.shape[1]) == 0).all(1))[0]
+        blocks[zero[0] * 4 : zero[0] * 4 + 4, zero[1]] = 1
+
+    edit_weight(artifact, SITE, fill)
+    with pytest.raises(gp.VerifyError, match=SITE.replace(".", r"\.")):
+        gp.verify(artifact)
+
+
+def test_a_flipped_bit_is_found(artifact: Path) -> None:
+    path = artifact / "model.onnx"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(gp.VerifyError, match=r"files: model\.onnx was changed"):
+        gp.verify(artifact)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "samples.safetensors", "config.json"])
+def test_a_missing_file_is_named(artifact: Path, name: str) -> None:
+    (artifact / name).unlink()
+    with pytest.raises(gp.VerifyError, match=f"{name} is missing"):
+        gp.verify(artifact)
+
+
+def test_a_file_that_does_not_belong_is_named(artifact: Path) -> None:
+    (artifact / "extra.bin").write_bytes(b"x")
+    with pytest.raises(gp.VerifyError, match=r"extra\.bin is not in the manifest"):
+        gp.verify(artifact)
+
+
+def test_moved_zeros_are_found(artifact: Path) -> None:
+    def swap(values: np.ndarray) -> None:
+        flat = values.reshape(-1)
+        zero, other = np.flatnonzero(flat == 0)[0], np.flatnonzero(flat != 0)[0]
+        flat[zero], flat[other] = flat[other], flat[zero]
+
+    edit_weight(artifact, SITE, swap)
+    with pytest.raises(gp.VerifyError, match=SITE.replace(".", r"\.")):
+        gp.verify(artifact)
+
+
+def test_changed_values_are_found_by_parity(artifact: Path) -> None:
+    def negate(values: np.ndarray) -> None:
+        np.negative(values, out=values)
+
+    edit_weight(artifact, SITE, negate)
+    edit_weight(artifact, "qa_outputs.weight", negate)
+    with pytest.raises(gp.VerifyError, match="parity: largest difference"):
+        gp.verify(artifact)
+
+
+def test_damaged_manifests(artifact: Path) -> None:
+    (artifact / "manifest.json").write_text('{"format": 1}')
+    with pytest.raises(gp.VerifyError, match="is damaged"):
+        gp.verify(artifact)
+    (artifact / "manifest.json").unlink()
+    with pytest.raises(gp.VerifyError, match="is no artifact"):
+        gp.verify(artifact)
+    with pytest.raises(gp.VerifyError, match="is no folder"):
+        gp.verify(artifact / "nowhere")
+
+
+def test_a_program_is_left_as_it_is(program: gp.Program, tmp_path: Path) -> None:
+    before = str(program), {name: value.clone() for name, value in program.state_dict().items()}
+    gp.export(program, "onnx", tmp_path / "out")
+    assert str(program) == before[0]
+    assert all(torch.equal(value, before[1][name]) for name, value in program.state_dict().items())
+
+
+def test_an_artifact_is_replaced_as_a_whole(program: gp.Program, artifact: Path) -> None:
+    gp.export(program, Onnx(opset=18), artifact)
+    assert gp.verify(artifact).manifest.sites[0].stored == "float32"
+
+
+def test_a_folder_of_somebody_else_is_left_alone(program: gp.Program, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(gp.GraphPruneError, match="did not write"):
+        gp.export(program, "onnx", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_lowering_that_fails_leaves_nothing(
+    program: gp.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Onnx, "lower", full)
+    with pytest.raises(gp.GraphPruneError, match="No space left on device"):
+        gp.export(program, "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lowered_model_that_computes_something_else_is_refused(
+    program: gp.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Onnx.run
+
+    def wrong(self: Onnx, folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: value + 1 for name, value in original(self, folder, inputs).items()}
+
+    monkeypatch.setattr(Onnx, "run", wrong)
+    with pytest.raises(gp.VerifyError, match="parity: largest difference 1 at"):
+        gp.export(program, "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unfinished_training_is_not_exported(tmp_path: Path) -> None:
+    program = gp.transform(MODELS["bert_qa"]().eval(), "insert-masks")
+    with pytest.raises(gp.SparsityError, match="train to the end of"):
+        gp.export(program, "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), written(tmp_path / "a") as path:
+        path.write_text("half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with written(tmp_path / "b" / "c") as path:
+        path.write_text("whole")
+    assert (tmp_path / "b" / "c").read_text() == "whole"
+
+
+def test_largest_difference_knows_nan_and_infinity() -> None:
+    value = np.array([1.0, np.inf, np.nan])
+    assert largest_difference({"a": value}, {"a": value}) == (0.0, "a")
+    assert largest_difference({"a": np.array([1.0, 2.0, np.nan])}, {"a": value})[0] == np.inf
+    with pytest.raises(gp.VerifyError, match="output a is missing"):
+        largest_difference({}, {"a": value})

@@ -1,0 +1,291 @@
+"""The ONNX target: the same numbers as the Program, int8 weights under their own names, fused by onnxruntime."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from graphprune.errors import LoweringError
+from graphprune.ir.program import Program
+from graphprune.ir.sites import find_sites
+from graphprune.pipeline.target import Lowered, Support
+from graphprune.sparsity.layout import to_logical
+from graphprune.targets.onnx import Onnx
+from tests.models import HUGGING_FACE
+from tests.traced import run_passes, traced
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+gs = pytest.importorskip("onnx_graphsurgeon")
+
+_QUANTIZED = ("bert_qa", "bert_sequence", "gpt2", "resnet", "conv_bn", "shared_weight")
+
+
+def _inputs(program: Program, batch: int, length: int = 7) -> dict[str, torch.Tensor]:
+    """Random inputs; the second example's mask hides its first tokens."""
+    generator = torch.Generator().manual_seed(batch)
+    tensors = {}
+    for item in program.interface.inputs:
+        shape = [
+            size if isinstance(size, int) else batch if dim == 0 else length for dim, size in enumerate(item.shape)
+        ]
+        if item.dtype.is_floating_point:
+            tensors[item.name] = torch.randn(shape, generator=generator)
+        elif "mask" in item.name:
+            tensors[item.name] = torch.ones(shape, dtype=item.dtype)
+            tensors[item.name][1:2, :3] = 0
+        else:
+            top = 2 if "type" in item.name or "label" in item.name or "positions" in item.name else 32
+            tensors[item.name] = torch.randint(0, top, shape, generator=generator)
+    return tensors
+
+
+@torch.no_grad()
+def _outputs(program: Program, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    result = program(**inputs)
+    items = {"output": result} if isinstance(result, torch.Tensor) else dict(result.items())
+    return {name: value.numpy() for name, value in items.items() if value is not None}
+
+
+@torch.no_grad()
+def _randomize(program: Program) -> None:
+    """Give biases and running statistics values that matter."""
+    generator = torch.Generator().manual_seed(3)
+    for name, value in (*program.named_parameters(), *program.named_buffers()):
+        if name.endswith("bias") or "running" in name:
+            value.copy_(torch.rand(value.shape, generator=generator) * 0.5 + 0.1)
+
+
+@functools.cache
+def _program(name: str, quantized: bool) -> Program:
+    program = traced(name, labels=name in ("bert_qa", "gpt2"))
+    _randomize(program)
+    if quantized:
+        run_passes(program, "fold-conv-bn,insert-fake-quant" if name in ("resnet", "conv_bn") else "insert-fake-quant")
+        program.train()
+        with torch.no_grad():
+            for _ in range(2):
+                program(**{key: value for key, value in _inputs(program, 4, 16).items() if "positions" not in key})
+        run_passes(program.eval(), "freeze-quant")
+    return program
+
+
+@functools.cache
+def _lowered(name: str, quantized: bool) -> tuple[Path, Lowered, Program]:
+    program = _program(name, quantized)
+    folder = Path(tempfile.mkdtemp(prefix="graphprune-"))
+    return folder, Onnx().lower(program, folder), program
+
+
+def _optimized(folder: Path) -> collections.Counter[str]:
+    """Operators that onnxruntime really runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return collections.Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+def _closeness(name: str, quantized: bool, batch: int) -> float:
+    folder, lowered, program = _lowered(name, quantized)
+    inputs = {key: value for key, value in _inputs(program, batch).items() if key in lowered.inputs}
+    expected = _outputs(program, inputs)
+    actual = Onnx().run(folder, {key: value.numpy() for key, value in inputs.items()})
+    assert set(actual) == set(lowered.outputs) == set(expected)
+    return max(
+        float(np.abs(actual[key] - expected[key]).max() / max(1.0, np.abs(expected[key]).max())) for key in expected
+    )
+
+
+@pytest.mark.parametrize("name", [*HUGGING_FACE, "tied_embedding", "grouped_conv", "conv_transpose", "conv_bn"])
+def test_float_models_answer_as_their_program(name: str) -> None:
+    for batch in (3, 1):
+        assert _closeness(name, False, batch) < 1e-4
+
+
+@pytest.mark.parametrize("name", _QUANTIZED)
+def test_int8_models_answer_as_their_program(name: str) -> None:
+    for batch in (3, 1):
+        assert _closeness(name, True, batch) < 1e-2  # a value on the edge of two integers may fall to either side
+
+
+@pytest.mark.parametrize("name", _QUANTIZED)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_weights_come_back_as_they_were(name: str, quantized: bool) -> None:
+    folder, lowered, program = _lowered(name, quantized)
+    sites, _ = find_sites(program)
+    weights = Onnx().weights(folder, {site.name: site.layout.value for site in sites})
+    assert set(weights) == {site.name for site in sites}
+    assert set(lowered.coverage["int8" if quantized else "float"]) == set(weights)
+    for site in sites:
+        logical = to_logical(program.tensor(site.name).detach(), site.layout).numpy()
+        stored = weights[site.name]
+        assert stored.values.shape == site.shape
+        if not quantized:
+            assert np.array_equal(stored.values, logical)
+            continue
+        assert stored.values.dtype == np.int8
+        assert stored.scale is not None
+        real = stored.values.astype(np.float32) * stored.scale.reshape(-1, 1)
+        assert np.allclose(real, logical, rtol=1e-6, atol=0)
+        assert np.array_equal(stored.zeros, logical == 0)
+
+
+def test_every_linear_runs_on_integers() -> None:
+    folder, lowered, _ = _lowered("bert_sequence", True)
+    operators = _optimized(folder)
+    assert operators["MatMulIntegerToFloat"] + operators["QGemm"] == len(lowered.coverage["int8"])
+    assert operators["DequantizeLinear"] == 0
+    assert operators["BiasGelu"] == 2
+    assert operators["SkipLayerNormalization"] == 0
+
+
+def test_gpt2_layers_run_on_integers() -> None:
+    folder, lowered, _ = _lowered("gpt2", True)
+    operators = _optimized(folder)
+    assert operators["QGemm"] == len(lowered.coverage["int8"])
+
+
+def test_convolutions_with_quantized_results_run_on_integers() -> None:
+    operators = _optimized(_lowered("conv_bn", True)[0])
+    assert operators["QLinearConv"] == 1  # the second goes into a mean, which nothing quantizes
+    assert operators["QGemm"] == 1
+
+
+def test_normalization_of_llama_is_fused() -> None:
+    assert _optimized(_lowered("llama", False)[0])["SimplifiedLayerNormalization"] == 5
+
+
+def test_names_are_those_of_the_source() -> None:
+    folder, lowered, program = _lowered("bert_qa", True)
+    graph = onnx.load(folder / "model.onnx").graph
+    assert lowered.files == ("model.onnx",)
+    assert lowered.inputs == ("input_ids", "attention_mask", "token_type_ids")
+    assert lowered.outputs == ("start_logits", "end_logits")
+    for item in (*graph.input, *graph.output):
+        assert [size.dim_param for size in item.type.tensor_type.shape.dim] == ["batch", "sequence"]
+    initializers = {item.name for item in graph.initializer}
+    used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+    unnamed = [name for name, value in program.named_parameters() if name in used and name not in initializers]
+    assert unnamed == []
+    assert "bert.encoder.layer.1.output.dense.weight_scale" in initializers
+
+
+def test_t5_names_its_two_sequences() -> None:
+    graph = onnx.load(_lowered("t5", False)[0] / "model.onnx").graph
+    shapes = {item.name: [size.dim_param for size in item.type.tensor_type.shape.dim] for item in graph.input}
+    assert shapes["input_ids"] == ["batch", "sequence"]
+    assert shapes["decoder_input_ids"] == ["batch", "decoder_sequence"]
+
+
+def test_a_tied_embedding_is_stored_once() -> None:
+    graph = onnx.load(_lowered("tied_embedding", False)[0] / "model.onnx").graph
+    assert sum(np.prod(item.dims) >= 32 * 16 for item in graph.initializer) == 1
+
+
+def test_the_program_is_left_as_it_was(tmp_path: Path) -> None:
+    program = _program("bert_qa", True)
+    before, names = str(program), program.interface.names
+    Onnx(int8=False).lower(program, tmp_path)
+    assert (str(program), program.interface.names) == (before, names)
+
+
+def test_float_option_leaves_quantizers_out(tmp_path: Path) -> None:
+    lowered = Onnx(int8=False).lower(_program("conv_bn", True), tmp_path)
+    assert lowered.coverage["int8"] == ()
+    operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert not operators & {"QuantizeLinear", "DequantizeLinear"}
+
+
+def test_large_weights_lie_beside_the_model(tmp_path: Path) -> None:
+    program = _program("gpt2", False)
+    lowered = Onnx(external_data_threshold=0).lower(program, tmp_path)
+    assert lowered.files == ("model.onnx", "model.onnx.data")
+    assert all((tmp_path / name).stat().st_size for name in lowered.files)
+    sites, _ = find_sites(program)
+    weights = Onnx().weights(tmp_path, {site.name: site.layout.value for site in sites})
+    assert len(weights) == len(sites)
+    assert Onnx().run(tmp_path, {name: np.ones((2, 5), np.int64) for name in lowered.inputs})
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+def test_newer_opsets(opset: int, tmp_path: Path) -> None:
+    program = _program("conv_bn", True)
+    target = Onnx(opset=opset)
+    target.lower(program, tmp_path)
+    assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == opset
+    inputs = {key: value.numpy() for key, value in _inputs(program, 2).items()}
+    assert np.allclose(
+        target.run(tmp_path, inputs)["output"], Onnx().run(_lowered("conv_bn", True)[0], inputs)["output"]
+    )
+
+
+def test_options_that_cannot_be_are_refused() -> None:
+    with pytest.raises(LoweringError, match="opset=13"):
+        Onnx(opset=13)
+    with pytest.raises(LoweringError, match="external_data_threshold"):
+        Onnx(external_data_threshold=3_000_000_000)
+
+
+def test_a_mask_that_is_left_is_refused(tmp_path: Path) -> None:
+    program = run_passes(traced("mlp"), "insert-masks{pattern=1x1,sparsity=0.5,criterion=magnitude,schedule=one-shot}")
+    with pytest.raises(LoweringError, match="fold-masks"):
+        Onnx().lower(program, tmp_path)
+
+
+def test_an_operator_without_a_form_is_named(tmp_path: Path) -> None:
+    program = traced("mlp")
+    node = next(program.calls(torch.ops.aten.relu.default))
+    node.target = torch.ops.aten.special_i1.default
+    program.recompile()
+    with pytest.raises(LoweringError, match="bessel_i1"):
+        Onnx().lower(program, tmp_path)
+
+
+def test_missing_libraries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    def refuse(name: str) -> object:
+        raise ImportError(name=name)
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    with pytest.raises(LoweringError, match=r'pip install "graphprune\[onnx\]"'):
+        Onnx().run(tmp_path, {})
+
+
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx, "save_model", full)
+    with pytest.raises(LoweringError, match="No space left"):
+        Onnx().lower(_program("conv_bn", True), tmp_path)
+
+
+def test_running_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match="holds no"):
+        Onnx().run(tmp_path, {})
+    with pytest.raises(LoweringError, match="'input_ids' is missing"):
+        Onnx().run(_lowered("bert_qa", True)[0], {})
+    with pytest.raises(LoweringError, match="cannot read"):
+        Onnx().weights(tmp_path, {"a": "out_in"})
+
+
+def test_capabilities_exploit_int8_and_store_sparsity() -> None:
+    capabilities = Onnx.capabilities()
+    assert capabilities["int8"] is Support.EXPLOITED
+    assert {capabilities[name] for name in ("unstructured", "NxM", "N:M", "channel")} == {Support.STORED}
+
+
+def test_importing_the_target_needs_no_onnx() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, graphprune.targets.onnx; sys.exit(any(name in sys.modules for name in ('onnx', 'onnxruntime')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
