@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from graphprune.ir import ops
-from graphprune.ir.program import Program
+from graphprune.ir.program import Program, argument
 from graphprune.ir.sites import OPERATORS
 from graphprune.pipeline.base import Coverage, Pass, PassResult
 
@@ -31,12 +31,11 @@ class FoldConvBn(Pass):
         folded: list[str] = []
         left_out: dict[str, str] = {}
         for node in program.calls(aten.batch_norm.default):
-            convolution = node.args[0]
-            reason = _obstacle(program, node, convolution)
+            reason = _obstacle(program, node, node.args[0])
             if reason:
                 left_out[str(node.args[1].target if isinstance(node.args[1], fx.Node) else node.name)] = reason
             else:
-                folded.append(_fold(program, node, convolution))
+                folded.append(_fold(program, node, argument(node, 0)))
         _drop_counters(program)
         if folded:
             program.graph.eliminate_dead_code()
@@ -45,8 +44,8 @@ class FoldConvBn(Pass):
 
 
 def _weight_of(convolution: fx.Node) -> fx.Node:
-    weight = convolution.args[1]
-    return weight.args[0] if weight.target is ops.mask else weight  # type: ignore[return-value,union-attr]
+    weight = argument(convolution, 1)
+    return argument(weight, 0) if weight.target is ops.mask else weight
 
 
 def _obstacle(program: Program, node: fx.Node, convolution: object) -> str | None:
@@ -75,7 +74,8 @@ def _obstacle(program: Program, node: fx.Node, convolution: object) -> str | Non
 def _fold(program: Program, node: fx.Node, convolution: fx.Node) -> str:
     values = [program.tensor(str(item.target)) if isinstance(item, fx.Node) else None for item in node.args[1:5]]
     gamma, beta, mean, variance = values
-    assert mean is not None and variance is not None
+    assert mean is not None
+    assert variance is not None
     factor = torch.rsqrt(variance + float(node.args[7]))  # type: ignore[arg-type]
     factor = factor * gamma if gamma is not None else factor
     weight_name = str(_weight_of(convolution).target)

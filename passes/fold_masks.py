@@ -12,7 +12,7 @@ import torch
 
 from graphprune.errors import SparsityError
 from graphprune.ir.masking import Pruned, masked_sites, reached, rules_of
-from graphprune.ir.program import Program
+from graphprune.ir.program import Program, argument
 from graphprune.ir.properties import Property
 from graphprune.pipeline.base import Coverage, Pass, PassResult
 
@@ -47,7 +47,7 @@ class FoldMasks(Pass):
         for site in sites:
             with torch.no_grad():
                 site.weight.mul_(site.mask.view(torch.uint8))
-            weight, buffer = site.node.args[0], site.node.args[1]
+            weight, buffer = argument(site.node, 0), argument(site.node, 1)
             site.node.replace_all_uses_with(weight)
             program.graph.erase_node(site.node)
             program.graph.erase_node(buffer)

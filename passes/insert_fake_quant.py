@@ -20,7 +20,7 @@ from graphprune.ir.program import Program, attributes
 from graphprune.ir.properties import Property
 from graphprune.ir.quantizing import Quantizer, insert_quantizer, quantizers, set_weight_range
 from graphprune.ir.selection import Selection
-from graphprune.ir.sites import OPERATORS, Site
+from graphprune.ir.sites import Site
 from graphprune.pipeline.base import Coverage, Pass, PassResult
 from graphprune.quant.schemes import parse_scheme
 from graphprune.sparsity.layout import Layout
@@ -94,7 +94,7 @@ class InsertFakeQuant(Pass):
         tensor = program.tensor(site.name)
         if not tensor.is_meta:
             shown = tensor.detach()
-            if masked is not None and not bool(masked.mask.all()):
+            if masked is not None and int(torch.count_nonzero(masked.mask)) < tensor.numel():
                 shown = shown * masked.mask.view(torch.uint8)
             set_weight_range(program, site.name, shown, parse_scheme(decision.scheme))
 
@@ -104,7 +104,7 @@ class InsertFakeQuant(Pass):
         for index, node in enumerate(uses):
             position = 1 if str(node.target).startswith("aten.addmm") else 0
             value = node.args[position]
-            assert isinstance(value, fx.Node) and OPERATORS[node.target].weight != position
+            assert isinstance(value, fx.Node)
             if value.target is ops.fake_quantize:
                 continue
             if value not in activations:

@@ -14,7 +14,7 @@ import numpy as np
 from graphprune.errors import LoweringError
 from graphprune.ir.program import Program
 from graphprune.ir.sites import find_sites
-from graphprune.pipeline.target import Lowered, StoredWeight, Support, Target
+from graphprune.pipeline.target import Lowered, Run, StoredWeight, Support, Target
 from graphprune.targets.onnx_export import export_model, inference_copy
 from graphprune.targets.onnx_graph import Draft, run_passes, surgeon
 from graphprune.targets.onnx_weights import TRANSPOSED, read_weights
@@ -105,8 +105,8 @@ class Onnx(Target):
             raise LoweringError(f"the model written to {path} is not valid ONNX: {error}") from error
         return files
 
-    def run(self, folder: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run on onnxruntime's CPU provider with its default number of threads."""
+    def open(self, folder: Path, threads: int | None = None) -> Run:
+        """Load ``model.onnx`` into onnxruntime's CPU provider."""
         _require()
         onnxruntime: Any = importlib.import_module("onnxruntime")
         path = folder / _MODEL
@@ -114,14 +114,20 @@ class Onnx(Target):
             raise LoweringError(f"{folder} holds no {_MODEL}; lower a Program into it first")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         names = [item.name for item in session.get_outputs()]
         wanted = [item.name for item in session.get_inputs()]
-        missing = [name for name in wanted if name not in inputs]
-        if missing:
-            raise LoweringError(f"input {missing[0]!r} is missing; {path.name} takes {', '.join(wanted)}")
-        results = session.run(names, {name: np.ascontiguousarray(inputs[name]) for name in wanted})
-        return dict(zip(names, results, strict=True))
+
+        def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            missing = [name for name in wanted if name not in inputs]
+            if missing:
+                raise LoweringError(f"input {missing[0]!r} is missing; {path.name} takes {', '.join(wanted)}")
+            results = session.run(names, {name: np.ascontiguousarray(inputs[name]) for name in wanted})
+            return dict(zip(names, results, strict=True))
+
+        return run
 
     def weights(self, folder: Path, layouts: Mapping[str, str]) -> dict[str, StoredWeight]:
         """Read weights by site name; int8 with zero-point and scale."""

@@ -13,6 +13,7 @@ import torch
 import graphprune as gp
 from graphprune.artifact.files import sha256, written
 from graphprune.artifact.verification import largest_difference
+from graphprune.pipeline.target import Run
 from graphprune.targets.onnx import Onnx
 from tests.models import MODELS
 
@@ -187,12 +188,13 @@ def test_a_lowering_that_fails_leaves_nothing(
 def test_a_lowered_model_that_computes_something_else_is_refused(
     program: gp.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Onnx.run
+    original = Onnx.open
 
-    def wrong(self: Onnx, folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: value + 1 for name, value in original(self, folder, inputs).items()}
+    def wrong(self: Onnx, folder: Path, threads: int | None = None) -> Run:
+        run = original(self, folder, threads)
+        return lambda inputs: {name: value + 1 for name, value in run(inputs).items()}
 
-    monkeypatch.setattr(Onnx, "run", wrong)
+    monkeypatch.setattr(Onnx, "open", wrong)
     with pytest.raises(gp.VerifyError, match="parity: largest difference 1 at"):
         gp.export(program, "onnx", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -77,11 +77,15 @@ def test_features_that_are_added_hang_together() -> None:
 
 def test_the_residual_stream_of_a_transformer() -> None:
     program = traced("llama")
-    (group,) = [item for item in coupled_sites(program, find_sites(program)[0]) if any("o_proj" in name for name in item)]
+    (group,) = [
+        item for item in coupled_sites(program, find_sites(program)[0]) if any("o_proj" in name for name in item)
+    ]
     assert group == {
         f"model.layers.{layer}.{name}.weight" for layer in range(2) for name in ("self_attn.o_proj", "mlp.down_proj")
     }
-    gates = [item for item in coupled_sites(program, find_sites(program)[0]) if any("gate_proj" in name for name in item)]
+    gates = [
+        item for item in coupled_sites(program, find_sites(program)[0]) if any("gate_proj" in name for name in item)
+    ]
     assert gates == [
         frozenset({f"model.layers.{layer}.mlp.gate_proj.weight", f"model.layers.{layer}.mlp.up_proj.weight"})
         for layer in range(2)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.models import example
-from tests.traced import answer, run_passes, traced
 
 from graphprune.errors import RecipeError
 from graphprune.ir.program import Program
 from graphprune.ir.selection import Prunable
 from graphprune.passes import FindPrunable, InsertMasks
 from graphprune.pipeline.recipe import Recipe
+from tests.models import example
+from tests.traced import answer, run_passes, traced
 
 Golden = Callable[[str, str], None]
 
@@ -111,6 +111,8 @@ texts = st.lists(st.text(min_size=1), max_size=3).map(tuple)
 
 
 @given(select=texts, exclude=texts, ops=texts, include_last=st.booleans())
-def test_text_reads_back(select: tuple[str, ...], exclude: tuple[str, ...], ops: tuple[str, ...], include_last: bool) -> None:
+def test_text_reads_back(
+    select: tuple[str, ...], exclude: tuple[str, ...], ops: tuple[str, ...], include_last: bool
+) -> None:
     step = FindPrunable(select, exclude, ops, include_last)
     assert Recipe.of(str(step)).passes == (step,)

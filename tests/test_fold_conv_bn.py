@@ -8,16 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.models import ConvBn, example
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tests.traced import answer, run_passes, traced
 
 from graphprune.ir.program import Program
 from graphprune.ir.trace import trace
 from graphprune.ir.verifier import verify
 from graphprune.passes import FoldConvBn
 from graphprune.pipeline.recipe import Recipe
+from tests.models import ConvBn, example
+from tests.traced import answer, run_passes, traced
 
 Golden = Callable[[str, str], None]
 

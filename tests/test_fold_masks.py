@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.models import MODELS, example
-from tests.traced import answer, run_passes, traced
 
 from graphprune.errors import PassError, SparsityError
 from graphprune.ir.masking import Pruned, masked_sites
@@ -17,6 +15,8 @@ from graphprune.ir.trace import trace
 from graphprune.passes import FoldMasks
 from graphprune.pipeline.recipe import Recipe
 from graphprune.pipeline.transform import transform
+from tests.models import MODELS, example
+from tests.traced import answer, run_passes, traced
 
 Golden = Callable[[str, str], None]
 MASKED = "insert-masks{schedule=one-shot,criterion=magnitude,sparsity=0.5,ragged=pad}"
@@ -71,7 +71,9 @@ def test_masks_under_fake_quantizers_fold_too() -> None:
 @settings(max_examples=10, deadline=None)
 @given(pattern=st.sampled_from(["unstructured", "4x1", "3x5", "2:4", "channelx1"]), sparsity=st.floats(0.0, 0.5))
 def test_folding_is_exact_for_every_pattern(pattern: str, sparsity: float) -> None:
-    program = run_passes(traced("mlp"), f"{MASKED[:-1].replace('sparsity=0.5', f'sparsity={sparsity!r}')},pattern={pattern}}}")
+    program = run_passes(
+        traced("mlp"), f"{MASKED[:-1].replace('sparsity=0.5', f'sparsity={sparsity!r}')},pattern={pattern}}}"
+    )
     (x,) = example("mlp") or ()
     before = answer(program, x)
     run_passes(program, "fold-masks{allow_unfinished=true}")

@@ -8,10 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.models import example
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tests.traced import answer, run_passes, traced
 
 from graphprune.errors import PassError, RecipeError
 from graphprune.ir import ops
@@ -22,6 +20,8 @@ from graphprune.passes import InsertFakeQuant
 from graphprune.pipeline.recipe import Recipe
 from graphprune.quant.affine import fake_quantize
 from graphprune.quant.schemes import parse_scheme
+from tests.models import example
+from tests.traced import answer, run_passes, traced
 
 Golden = Callable[[str, str], None]
 
@@ -30,6 +30,7 @@ def observed(name: str, text: str = "insert-fake-quant") -> Program:
     """A quantized Program whose observers have seen the example."""
     program = run_passes(traced(name), text)
     program.train()
+    torch.manual_seed(0)  # dropout draws
     program(*(example(name) or ()))
     return program.eval()
 
@@ -83,7 +84,12 @@ def test_zeros_of_masks_stay_zero() -> None:
     program = observed("mlp", "insert-masks{schedule=one-shot,criterion=magnitude,sparsity=0.5},insert-fake-quant")
     weight, mask = program.tensor("first.weight").detach(), program.tensor("first.weight_mask")
     shown = ops.fake_quantize(
-        ops.mask(weight, mask), program.tensor("first.weight_scale"), program.tensor("first.weight_zero_point"), -127, 127, 0
+        ops.mask(weight, mask),
+        program.tensor("first.weight_scale"),
+        program.tensor("first.weight_zero_point"),
+        -127,
+        127,
+        0,
     )
     assert not bool(shown[~mask].any())
 
@@ -159,7 +165,9 @@ class TwoReaders(nn.Module):
         return self.left(x) + self.right(x)
 
 
-@pytest.mark.parametrize("text", ["insert-fake-quant", "insert-fake-quant{select=left},insert-fake-quant{select=right}"])
+@pytest.mark.parametrize(
+    "text", ["insert-fake-quant", "insert-fake-quant{select=left},insert-fake-quant{select=right}"]
+)
 def test_an_activation_of_two_layers_is_observed_once(text: str) -> None:
     program = run_passes(trace(TwoReaders(), torch.randn(3, 4)), text)
     activations = [(node, decision) for node, decision in quantizers(program) if not decision.weight]

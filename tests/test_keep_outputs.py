@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.models import MODELS
-from tests.traced import run_passes
 
 from graphprune.errors import PassError, TraceError
 from graphprune.ir.program import Program
 from graphprune.ir.trace import trace
 from graphprune.passes import KeepOutputs
 from graphprune.pipeline.recipe import Recipe
+from tests.models import MODELS
+from tests.traced import run_passes
 
 Golden = Callable[[str, str], None]
 IDS = torch.arange(10).view(2, 5)

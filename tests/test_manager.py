@@ -110,7 +110,9 @@ def test_a_pass_that_leaves_an_invalid_program() -> None:
 
 @pytest.mark.parametrize("liar", [Lies(), LiesAboutAnnotations()])
 def test_a_pass_that_lies_about_changed(liar: Pass) -> None:
-    with pytest.raises(PassError, match=rf"pipeline\[0\]\.{liar.name}: it changed the graph and returned changed=False"):
+    with pytest.raises(
+        PassError, match=rf"pipeline\[0\]\.{liar.name}: it changed the graph and returned changed=False"
+    ):
         PassManager((liar,)).run(traced("mlp"))
 
 
@@ -128,7 +130,8 @@ def test_a_wrong_order_names_both_passes() -> None:
     ):
         PassManager((FoldMasks(), MASKS)).run(traced("mlp"))
     with pytest.raises(
-        PassError, match=r"pipeline\[2\]\.fold-masks requires masked.*pipeline\[1\]\.fold-masks destroys it; put fold-masks before"
+        PassError,
+        match=r"pipeline\[2\]\.fold-masks requires masked.*pipeline\[1\]\.fold-masks destroys it; put fold-masks before",
     ):
         PassManager((MASKS, FoldMasks(), FoldMasks())).run(traced("mlp"))
     with pytest.raises(PassError, match="add the pass that establishes it before freeze-quant"):

@@ -20,7 +20,9 @@ def _tracked() -> set[str]:
     if listed.returncode:
         pytest.skip("not a git checkout")
     paths = [Path(line) for line in listed.stdout.splitlines() if line.endswith((".py", "py.typed"))]
-    return {str(Path(MOVED.get(path.parts[0], path.parts[0]), *path.parts[1:])) for path in paths if (ROOT / path).exists()}
+    return {
+        str(Path(MOVED.get(path.parts[0], path.parts[0]), *path.parts[1:])) for path in paths if (ROOT / path).exists()
+    }
 
 
 @pytest.fixture(scope="module")

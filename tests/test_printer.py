@@ -23,7 +23,9 @@ def test_golden(name: str, golden: Golden) -> None:
 
 
 def test_golden_of_a_whole_pipeline(golden: Golden) -> None:
-    text = "find-prunable,insert-masks{pattern=2:4,sparsity=0.5,schedule=one-shot,criterion=magnitude},insert-fake-quant"
+    text = (
+        "find-prunable,insert-masks{pattern=2:4,sparsity=0.5,schedule=one-shot,criterion=magnitude},insert-fake-quant"
+    )
     golden("printer_pipeline", str(run_passes(traced("mlp"), text)))
 
 
@@ -43,7 +45,7 @@ def test_no_addresses_and_no_names_of_torchs_own(name: str) -> None:
 def test_inputs_properties_and_sizes() -> None:
     first = str(traced("bert_qa")).splitlines()[0]
     assert first == (
-        "graph @bert_for_question_answering(%input_ids: i64[b,s], %attention_mask: i64[t,s], %token_type_ids: i64[b,s]) "
+        "graph @bert_for_question_answering(%input_ids: i64[b,s], %attention_mask: i64[b,s], %token_type_ids: i64[b,s]) "
         "[functional] {"
     )
 
@@ -60,4 +62,6 @@ def test_masks_show_how_much_they_keep_and_weights_show_no_values() -> None:
 
 
 def test_a_program_on_meta_prints_too() -> None:
-    assert "first.weight_mask: bool[32,16] = buffer {pattern" in str(run_passes(traced("mlp").to("meta"), "insert-masks"))
+    assert "first.weight_mask: bool[32,16] = buffer {pattern" in str(
+        run_passes(traced("mlp").to("meta"), "insert-masks")
+    )

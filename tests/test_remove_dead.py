@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.models import example
-from tests.traced import answer, run_passes, traced
 
 from graphprune.ir import ops
 from graphprune.ir.program import Program
 from graphprune.passes import RemoveDead
 from graphprune.pipeline.recipe import Recipe
+from tests.models import example
+from tests.traced import answer, run_passes, traced
 
 Golden = Callable[[str, str], None]
 

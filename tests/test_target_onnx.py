@@ -96,7 +96,7 @@ def _closeness(name: str, quantized: bool, batch: int) -> float:
     folder, lowered, program = _lowered(name, quantized)
     inputs = {key: value for key, value in _inputs(program, batch).items() if key in lowered.inputs}
     expected = _outputs(program, inputs)
-    actual = Onnx().run(folder, {key: value.numpy() for key, value in inputs.items()})
+    actual = Onnx().open(folder)({key: value.numpy() for key, value in inputs.items()})
     assert set(actual) == set(lowered.outputs) == set(expected)
     return max(
         float(np.abs(actual[key] - expected[key]).max() / max(1.0, np.abs(expected[key]).max())) for key in expected
@@ -211,7 +211,7 @@ def test_large_weights_lie_beside_the_model(tmp_path: Path) -> None:
     sites, _ = find_sites(program)
     weights = Onnx().weights(tmp_path, {site.name: site.layout.value for site in sites})
     assert len(weights) == len(sites)
-    assert Onnx().run(tmp_path, {name: np.ones((2, 5), np.int64) for name in lowered.inputs})
+    assert Onnx().open(tmp_path)({name: np.ones((2, 5), np.int64) for name in lowered.inputs})
 
 
 @pytest.mark.parametrize("opset", [20, 23])
@@ -222,7 +222,7 @@ def test_newer_opsets(opset: int, tmp_path: Path) -> None:
     assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == opset
     inputs = {key: value.numpy() for key, value in _inputs(program, 2).items()}
     assert np.allclose(
-        target.run(tmp_path, inputs)["output"], Onnx().run(_lowered("conv_bn", True)[0], inputs)["output"]
+        target.open(tmp_path)(inputs)["output"], Onnx().open(_lowered("conv_bn", True)[0])(inputs)["output"]
     )
 
 
@@ -256,7 +256,7 @@ def test_missing_libraries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(importlib, "import_module", refuse)
     with pytest.raises(LoweringError, match=r'pip install "graphprune\[onnx\]"'):
-        Onnx().run(tmp_path, {})
+        Onnx().open(tmp_path)({})
 
 
 def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,9 +270,9 @@ def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_running_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match="holds no"):
-        Onnx().run(tmp_path, {})
+        Onnx().open(tmp_path)({})
     with pytest.raises(LoweringError, match="'input_ids' is missing"):
-        Onnx().run(_lowered("bert_qa", True)[0], {})
+        Onnx().open(_lowered("bert_qa", True)[0])({})
     with pytest.raises(LoweringError, match="cannot read"):
         Onnx().weights(tmp_path, {"a": "out_in"})
 

@@ -7,10 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.models import HUGGING_FACE, MODELS, PLAIN, example
 from torch import Tensor, nn
-from torch.nn import functional as F
-from tests.traced import pair, traced
 
 from graphprune.errors import TraceError
 from graphprune.ir.examples import default_inputs
@@ -18,6 +15,8 @@ from graphprune.ir.parity import NoDropout
 from graphprune.ir.program import Program
 from graphprune.ir.sites import find_sites
 from graphprune.ir.trace import trace
+from tests.models import HUGGING_FACE, MODELS, PLAIN, example
+from tests.traced import pair, traced
 
 HF = tuple(HUGGING_FACE)
 
@@ -133,6 +132,35 @@ def test_gradients_equal_the_sources(name: str) -> None:
             torch.testing.assert_close(mine[key].grad, value.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_llama_3_with_grouped_queries() -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    program = trace(model, labels=True)
+    sites = {site.name: site for site in find_sites(program)[0]}
+    assert sites["model.layers.0.self_attn.k_proj.weight"].shape == (8, 32)
+    ids = torch.arange(15).view(3, 5)
+    assert_same(run(model, {"input_ids": ids}), run(program, {"input_ids": ids}))
+
+
 # -- dtypes, devices, autocast ----------------------------------------------------------------------------------------
 
 
@@ -145,7 +173,10 @@ def test_to_another_dtype_agrees_with_the_source(name: str, dtype: torch.dtype, 
     inputs = {
         key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs_of(name, model).items()
     }
-    if name in ("llama", "t5"):  # the source normalizes in float32 whatever its weights are; the trace in the weights' dtype
+    if name in (
+        "llama",
+        "t5",
+    ):  # the source normalizes in float32 whatever its weights are; the trace in the weights' dtype
         tolerance = max(tolerance, 1e-6)
     want, have = run(model, inputs), run(program, inputs)
     assert [item.dtype for item in tensors(want)] == [item.dtype for item in tensors(have)]
@@ -168,9 +199,7 @@ def test_autocast_runs_and_agrees(name: str) -> None:
     inputs = inputs_of(name, model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         want, have = run(model, inputs), run(program, inputs)
-    assert_same(
-        [item.float() for item in tensors(want)], [item.float() for item in tensors(have)], 5e-2
-    )
+    assert_same([item.float() for item in tensors(want)], [item.float() for item in tensors(have)], 5e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -283,7 +312,7 @@ def test_unknown_input_is_named_with_a_suggestion() -> None:
     ids = torch.ones(2, 8, dtype=torch.int64)
     with pytest.raises(TraceError, match="unknown input 'input_idz'; did you mean 'input_ids'"):
         program(input_idz=ids)
-    with pytest.raises(TraceError, match="input 'start_positions' was not traced.*labels=True"):
+    with pytest.raises(TraceError, match=r"input 'start_positions' was not traced.*labels=True"):
         program(input_ids=ids, start_positions=torch.ones(2, dtype=torch.int64))
     with pytest.raises(TraceError, match="given twice"):
         program(ids, input_ids=ids)
@@ -338,7 +367,9 @@ class DrawsNumbers(Branching):
 
 
 def test_data_dependent_control_flow_names_its_line(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TraceError, match=r"Branching cannot be traced at .*test_trace\.py:\d+ in forward: if x\.sum\(\) > 0:"):
+    with pytest.raises(
+        TraceError, match=r"Branching cannot be traced at .*test_trace\.py:\d+ in forward: if x\.sum\(\) > 0:"
+    ):
         trace(Branching(), torch.randn(2, 4))
 
 
@@ -370,99 +401,6 @@ def test_labels_of_a_model_without_labels() -> None:
 def test_unknown_constant() -> None:
     with pytest.raises(TraceError, match="takes no argument 'y'; known: x"):
         trace(MODELS["mlp"](), example("mlp"), y=True)
-
-
-# -- sites ------------------------------------------------------------------------------------------------------------
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(F.relu(self.body(x)))
-
-
-def test_a_weight_used_twice_is_one_site() -> None:
-    (site,), _ = find_sites(trace(Twice(), torch.randn(2, 8)))
-    assert site.name == "body.weight"
-    assert len(site.uses) == 2
-    assert site.macs == 2 * 8 * 8
-
-
-def test_tied_modules_are_one_site_under_their_first_name() -> None:
-    program = traced("shared_weight")
-    sites, _ = find_sites(program)
-    assert [site.name for site in sites] == ["body.weight", "head.weight"]
-    assert len(sites[0].uses) == 3
-    assert program.attribute("body.weight") is not None
-    assert program.attribute("again.weight") is None
-
-
-def test_weights_that_are_no_sites_come_with_a_reason() -> None:
-    def reasons(name: str) -> dict[str, str]:
-        return {item.name: item.reason for item in find_sites(traced(name))[1]}
-
-    assert reasons("tied_embedding") == {"embedding.weight": "also used by embedding: pruning it would change that too"}
-    assert reasons("conv_transpose")["up.weight"].startswith("transposed convolution")
-    assert reasons("gpt2")["transformer.wpe.weight"].startswith("embedding")
-
-
-def test_gpt2_weights_are_stored_in_out() -> None:
-    sites = {site.name: site for site in find_sites(traced("gpt2_conv1d"))[0]}
-    assert sites["up.weight"].layout.value == "in_out"
-    assert sites["up.weight"].stored_shape == (16, 32)
-    assert sites["up.weight"].shape == (32, 16)
-    assert sites["head.weight"].layout.value == "out_in"
-
-
-def test_grouped_convolutions() -> None:
-    sites = {site.module: site for site in find_sites(traced("grouped_conv"))[0]}
-    assert (sites["grouped"].groups, sites["depthwise"].groups, sites["dilated"].groups) == (4, 16, 1)
-    assert sites["grouped"].shape == (16, 2 * 3)
-    assert sites["depthwise"].shape == (16, 3)
-    assert sites["grouped"].macs == 16 * 16 * 2 * 3  # positions * out * in/groups * kernel
-
-
-def test_multiply_accumulates_by_hand() -> None:
-    sites = {site.module: site for site in find_sites(traced("conv_bn"))[0]}
-    assert sites["conv1"].macs == 8 * 8 * 8 * 3 * 9
-    assert sites["conv2"].macs == 4 * 4 * 16 * 8 * 9
-    assert sites["head"].macs == 16 * 4
-    assert sites["conv1"].parameters == 8 * 3 * 9
-    tokens = 6
-    attention = {site.name: site for site in find_sites(traced("attention"))[0]}
-    assert attention["feed.weight"].macs == tokens * 16 * 32
-
-
-def test_llama_3_with_grouped_queries() -> None:
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
-    program = trace(model, labels=True)
-    sites = {site.name: site for site in find_sites(program)[0]}
-    assert sites["model.layers.0.self_attn.k_proj.weight"].shape == (8, 32)
-    ids = torch.arange(15).view(3, 5)
-    assert_same(run(model, {"input_ids": ids}), run(program, {"input_ids": ids}))
 
 
 @pytest.fixture(autouse=True)

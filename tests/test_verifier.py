@@ -89,8 +89,14 @@ def _replace(name: str, value: torch.Tensor) -> Break:
     [
         (_rename, "graph at .*: two nodes have this name"),
         (_use_early, "graph at relu: uses linear_1 before it is computed"),
-        (lambda p: p.remove_buffer("first.weight_mask"), r"graph at first\.weight_mask: no parameter or buffer has this name"),
-        (lambda p: setattr(p.attribute("head.bias"), "target", "head"), "graph at head: no parameter or buffer has this name"),
+        (
+            lambda p: p.remove_buffer("first.weight_mask"),
+            r"graph at first\.weight_mask: no parameter or buffer has this name",
+        ),
+        (
+            lambda p: setattr(p.attribute("head.bias"), "target", "head"),
+            "graph at head: no parameter or buffer has this name",
+        ),
         (_unused, "graph at .*: the result of graphprune.mask.default is not used"),
         (_second_output, "graph: a graph has one output, this one has 2"),
         (
@@ -165,7 +171,7 @@ def test_a_mask_of_two_weights_and_a_weight_of_two_masks() -> None:
 def test_a_frozen_graph_has_no_observers() -> None:
     program = quantized()
     program.properties |= Property.FROZEN
-    with pytest.raises(VerifyError, match="frozen at .*: a frozen graph has no observers"):
+    with pytest.raises(VerifyError, match=r"frozen at .*: a frozen graph has no observers"):
         verify(program)
 
 

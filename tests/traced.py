@@ -6,13 +6,13 @@ import copy
 import functools
 
 import torch
-from tests.models import MODELS, example
 from torch import Tensor, nn
 
 from graphprune.ir.program import Program
 from graphprune.ir.trace import trace
 from graphprune.pipeline.manager import PassManager
 from graphprune.pipeline.recipe import Recipe
+from tests.models import MODELS, example
 
 
 @functools.cache

@@ -190,8 +190,9 @@ def measure_parity(target: Target, folder: Path, tolerance: float) -> Parity:
         VerifyError: An output is missing or has another shape.
     """
     worst, where = 0.0, ""
+    run = target.open(folder)
     for inputs, expected in read_samples(folder):
-        difference, name = largest_difference(target.run(folder, inputs), expected)
+        difference, name = largest_difference(run(inputs), expected)
         if difference >= worst:
             worst, where = difference, name
     return Parity(max_abs=worst, tolerance=tolerance, worst_node=where)

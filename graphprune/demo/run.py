@@ -61,34 +61,69 @@ def run_demo(
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     settings = Settings.quick(seed) if quick else Settings(seed=seed)
-    saved = read_checkpoint(out, settings) if resume else None
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)  # moments of pruned weights decay through denormals, which are slow
-    torch.manual_seed(seed)
     console = Console()
-    teacher = _load_model()
-    data = _load_data(settings)
-    console.print(
-        f"all-MiniLM-L6-v2, {len(data.train)} training and {len(data.held_out)} held-out sentences, {torch.get_num_threads()} threads"
-    )
     with _progress(console) as progress:
-        example = _inputs(data.train[:2])
-        program = transform(copy.deepcopy(teacher), PRUNING, example, in_place=True, output_hidden_states=True)
-        freeze_embeddings(program)
-        cache = TeacherCache.build(teacher, data.train, progress)
-        distillation = Distillation(teacher, hidden=settings.hidden, embedding=settings.embedding)
-        trainer = Trainer(out, settings, data.train, cache, distillation)
         try:
-            sparse, quantized = _train(program, trainer, progress, saved)
+            student = train_student(out, settings, progress, resume=resume)
         except Interrupted:
             progress.stop()
             console.print(f"interrupted; {out / CHECKPOINT} is written. Go on with: graphprune demo --out {out} --resume")
             raise
-        artifacts = _export_all(out, teacher, sparse, quantized, data, progress)
-    rows = _measure(artifacts, teacher, data, settings, masked_names(program), threads)
+        artifacts = _export_all(out, student, progress)
+    rows = _measure(artifacts, student, settings, threads)
     _report(console, rows, out, artifacts)
     return rows
+
+
+@dataclass(frozen=True)
+class Student:
+    """The trained student with what it was trained from.
+
+    Attributes:
+        teacher: The dense model.
+        data: Tokenized sentences.
+        sparse: The Program after pruning.
+        quantized: The Program after quantization-aware training.
+    """
+
+    teacher: nn.Module
+    data: _Data
+    sparse: Program
+    quantized: Program
+
+
+def train_student(out: Path, settings: Settings, progress: Progress, *, resume: bool = False) -> Student:
+    """Prune the model by distillation from itself, then train it quantization-aware.
+
+    Args:
+        out: Folder for the checkpoint and the logs.
+        settings: Numbers of the run.
+        progress: Shows the steps.
+        resume: Go on from the checkpoint in ``out``; the result is bit-identical to that of an unbroken run.
+
+    Raises:
+        GraphPruneError: The model is missing, or there is no fitting checkpoint to resume.
+        Interrupted: Ctrl-C; a checkpoint was written.
+    """
+    saved = read_checkpoint(out, settings) if resume else None
+    torch.set_flush_denormal(True)  # moments of pruned weights decay through denormals, which are slow
+    torch.manual_seed(settings.seed)
+    teacher = _load_model()
+    data = _load_data(settings)
+    progress.console.print(
+        f"all-MiniLM-L6-v2, {len(data.train)} training and {len(data.held_out)} held-out sentences, "
+        f"{torch.get_num_threads()} threads"
+    )
+    example = _inputs(data.train[:2])
+    program = transform(copy.deepcopy(teacher), PRUNING, example, in_place=True, output_hidden_states=True)
+    freeze_embeddings(program)
+    cache = TeacherCache.build(teacher, data.train, progress)
+    distillation = Distillation(teacher, hidden=settings.hidden, embedding=settings.embedding)
+    trainer = Trainer(out, settings, data.train, cache, distillation)
+    sparse, quantized = _train(program, trainer, progress, saved)
+    return Student(teacher, data, sparse, quantized)
 
 
 def _progress(console: Console) -> Progress:
@@ -99,11 +134,13 @@ def _progress(console: Console) -> Progress:
 
 
 def _load_model() -> nn.Module:
-    import transformers
+    from transformers import BertModel
+    from transformers.utils import logging
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.BertModel.from_pretrained(
+    quiet: Any = logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    model: Any = BertModel.from_pretrained(
         model_folder(),
         add_pooling_layer=False,
         dtype=torch.float32,
@@ -135,11 +172,6 @@ def freeze_embeddings(program: Program) -> None:
     """Leave the embeddings as they are; only the encoder is trained."""
     for name, parameter in program.named_parameters():
         parameter.requires_grad_(not name.startswith("embeddings."))
-
-
-def masked_names(program: Program) -> list[str]:
-    """Names of all weights with a mask."""
-    return [site.name for site in masked_sites(program)]
 
 
 def _train(
@@ -174,14 +206,14 @@ def _train(
     return program.eval(), quantized.eval()
 
 
-def _export_all(
-    out: Path, teacher: nn.Module, sparse: Program, quantized: Program, data: _Data, progress: Progress
-) -> dict[str, Artifact]:
-    dense = trace(teacher, _inputs(data.train[:2]))
+def _export_all(out: Path, student: Student, progress: Progress) -> dict[str, Artifact]:
+    data = student.data
+    dense = trace(student.teacher, _inputs(data.train[:2]))
     calibrated = transform(dense, QUANTIZING)
     epoch = batches(data.train, 1024, seed=0)[:16]
     calibrate(calibrated, [_inputs([data.train[index] for index in batch]) for batch in epoch])
-    sparse, quantized = (transform(program, "keep-outputs{names=last_hidden_state}") for program in (sparse, quantized))
+    keep = "keep-outputs{names=last_hidden_state}"
+    sparse, quantized = (transform(program, keep) for program in (student.sparse, student.quantized))
     save_program(quantized, out / "program", overwrite=True)
     programs = {"dense fp32": dense, "dense int8": calibrated, "sparse fp32": sparse, "sparse int8": quantized}
     artifacts = {}
@@ -191,20 +223,14 @@ def _export_all(
     return artifacts
 
 
-def _measure(
-    artifacts: dict[str, Artifact],
-    teacher: nn.Module,
-    data: _Data,
-    settings: Settings,
-    names: Sequence[str],
-    threads: int | None,
-) -> list[Row]:
+def _measure(artifacts: dict[str, Artifact], student: Student, settings: Settings, threads: int | None) -> list[Row]:
+    data, names = student.data, [site.name for site in masked_sites(student.sparse)]
     target = make_target("onnx")
     runs = {name: target.open(artifact.folder, threads or torch.get_num_threads()) for name, artifact in artifacts.items()}
 
     def run_teacher(inputs: Any) -> dict[str, Any]:
         with torch.no_grad():
-            output = teacher(**{key: torch.from_numpy(value) for key, value in inputs.items()})
+            output = student.teacher(**{key: torch.from_numpy(value) for key, value in inputs.items()})
         return {"last_hidden_state": output.last_hidden_state.numpy()}
 
     wanted = embed(run_teacher, data.held_out)

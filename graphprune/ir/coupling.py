@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from graphprune.ir.program import Program
-from graphprune.ir.sites import Site
+from graphprune.ir.sites import OPERATORS, Site
 
 aten = torch.ops.aten
 _CONTRACTIONS = {
@@ -39,8 +39,17 @@ def last_sites(program: Program, sites: Iterable[Site]) -> set[str]:
 
 
 def _between_sites(program: Program, sites: tuple[Site, ...]) -> nx.DiGraph[str]:
-    """Sites, with an edge where the result of one reaches the next one's use without passing a third."""
+    """Layers, with an edge where the result of one reaches the next one's use without passing a third.
+
+    Layers are the sites, and operators whose weight is no site, such as an output layer that is tied to an embedding.
+    """
     owner = {use: site.name for site in sites for use in site.uses}
+    for node in program.graph.nodes:
+        operator = OPERATORS.get(node.target)
+        if operator is not None and node.name not in owner:
+            weight = node.args[operator.weight]
+            if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                owner[node.name] = node.name
     reaching: dict[fx.Node, frozenset[str]] = {}
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(site.name for site in sites)

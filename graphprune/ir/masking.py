@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graphprune.errors import SparsityError
 from graphprune.ir import ops
-from graphprune.ir.program import Program
+from graphprune.ir.program import Program, argument
 from graphprune.sparsity.allocation import Scope, allocate
 from graphprune.sparsity.criteria import Criterion, parse_criterion
 from graphprune.sparsity.layout import Layout, from_logical, logical_shape, to_logical
@@ -112,7 +112,7 @@ def masked_sites(program: Program) -> tuple[MaskedSite, ...]:
     """All masks of a Program, in graph order."""
     found = []
     for node in program.calls(ops.mask):
-        weight, mask = node.args[0], node.args[1]
+        weight, mask = argument(node, 0), argument(node, 1)
         decision = program.annotation(mask, Masking)
         if decision is None:
             raise SparsityError(f"mask {mask.target} carries no decision; insert it with insert-masks")

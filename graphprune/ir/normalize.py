@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -79,7 +80,8 @@ def inline_regions(module: fx.GraphModule) -> None:
                 if item.op not in ("placeholder", "output"):
                     copied[item] = graph.node_copy(item, copied.__getitem__)
             detach = leading == 1 and node.args[0] is False
-            results = [_region_result(graph, copied[item], detach) for item in region.graph.output_node().args[0]]
+            returned = cast(tuple[fx.Node, ...], region.graph.output_node().args[0])
+            results = [_region_result(graph, copied[item], detach) for item in returned]
         for user in list(node.users):
             user.replace_all_uses_with(results[user.args[1]])
             graph.erase_node(user)
@@ -194,13 +196,8 @@ def follow_dtype(graph: fx.Graph, dtype: torch.dtype) -> None:
 
 
 def _first_after_attributes(graph: fx.Graph) -> fx.Node:
-    last = None
-    for node in graph.nodes:
-        if node.op not in ("get_attr", "placeholder"):
-            return node
-        last = node
-    assert last is not None
-    return last
+    nodes = cast(list[fx.Node], list(graph.nodes))
+    return next((node for node in nodes if node.op not in ("get_attr", "placeholder")), nodes[-1])
 
 
 def _lowest(dtype: torch.dtype) -> float:
@@ -277,5 +274,5 @@ def _is_counter(node: fx.Node) -> bool:
         isinstance(target, fx.Node)
         and target.op == "get_attr"
         and str(target.target).endswith("num_batches_tracked")
-        and node.args[1] == 1
+        and bool(node.args[1] == 1)
     )

@@ -16,7 +16,7 @@ from graphprune.ir.program import Program
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-class NoDropout(TorchDispatchMode):
+class NoDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Run train mode with every dropout probability taken as zero, in any model and however it calls dropout.
 
     On the CPU, dropout draws a Bernoulli mask and divides by the keep probability; elsewhere it is one operator.
@@ -67,7 +67,7 @@ def _run(module: Callable[..., Any] | nn.Module, arguments: Mapping[str, object]
     assert isinstance(module, nn.Module)
     saved = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     devices = [0] if torch.cuda.is_available() else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), NoDropout():
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), NoDropout():  # type: ignore[no-untyped-call]
         torch.manual_seed(0)
         output = module(**arguments)
         for name, buffer in module.named_buffers():

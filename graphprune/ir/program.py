@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from graphprune.errors import TraceError, suggest
+from graphprune.errors import TraceError, VerifyError, suggest
 from graphprune.ir.interface import Interface, named_forward
 from graphprune.ir.properties import Property
 
@@ -58,6 +58,7 @@ class Program(fx.GraphModule):
     properties: Property
     history: tuple[str, ...]
     observing: bool
+    _compiled: dict[frozenset[str], Callable[..., tuple[object, ...]]]
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class Program(fx.GraphModule):
         if config is not None:
             self.config = config
         self.graph = graph
-        self.register_state_dict_post_hook(_unshare)
+        self.register_state_dict_post_hook(_unshare)  # type: ignore[no-untyped-call]
 
     # -- calling ------------------------------------------------------------------------------------------------------
 
@@ -164,22 +165,33 @@ class Program(fx.GraphModule):
         Raises:
             AttributeError: There is none.
         """
-        value: Any = self
-        for part in name.split("."):  # get_submodule is slower, and passes ask for every tensor
-            value = getattr(value, part)
-        if not isinstance(value, Tensor):
-            raise AttributeError(f"{name} is no parameter or buffer but a {type(value).__name__}")
+        module, leaf = self._owner(name)
+        value: Tensor | None = module._parameters.get(leaf)
+        value = module._buffers.get(leaf) if value is None else value
+        if value is None:
+            raise AttributeError(f"{self.name} has no parameter or buffer {name}")
         return value
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds a dotted name, and the last part; ``get_submodule`` takes ten times as long."""
+        module: nn.Module = self
+        *path, leaf = name.split(".")
+        for part in path:
+            child = module._modules.get(part)
+            if child is None:
+                raise AttributeError(f"{self.name} has no module {name.rpartition('.')[0]}")
+            module = child
+        return module, leaf
 
     def add_buffer(self, name: str, value: Tensor) -> None:
         """Register a buffer under a dotted name, beside the weight that it belongs to."""
-        owner, _, leaf = name.rpartition(".")
-        self.get_submodule(owner).register_buffer(leaf, value)
+        module, leaf = self._owner(name)
+        module.register_buffer(leaf, value)
 
     def remove_buffer(self, name: str) -> None:
         """Delete a buffer by its dotted name."""
-        owner, _, leaf = name.rpartition(".")
-        delattr(self.get_submodule(owner), leaf)
+        module, leaf = self._owner(name)
+        delattr(module, leaf)
 
     @property
     def output(self) -> fx.Node:
@@ -217,7 +229,7 @@ class Program(fx.GraphModule):
         for name in names:
             if not any(_is_entry(item, name) for item in known):
                 raise TraceError(f"unknown output {name!r}{suggest(name, known)}")
-        leaves = cast(tuple[object, ...], self.output.args[0])
+        leaves = cast(tuple[Any, ...], self.output.args[0])
         kept = [any(_is_entry(item, name) for name in names) for item in known]
         self.output.args = (tuple(leaf if keep else None for leaf, keep in zip(leaves, kept, strict=True)),)
         eliminate_dead(self._graph)
@@ -266,12 +278,11 @@ def prune_inputs(program: Program, missing: frozenset[str]) -> fx.Graph:
     Raises:
         TraceError: Every output depends on one of the inputs; names it.
     """
-    tainted: dict[str, set[fx.Node]] = {name: set() for name in missing}
+    tainted: dict[str, set[fx.Node]] = {name: set() for name in program.interface.names if name in missing}
     for node in program.graph.nodes:
         for name, nodes in tainted.items():
-            if node.op == "placeholder" and node.target == name:
-                nodes.add(node)
-            elif any(user in nodes for user in node.all_input_nodes):
+            given = node.op == "placeholder" and node.target == name
+            if given or any(user in nodes for user in node.all_input_nodes):
                 nodes.add(node)
     leaves = [leaf for leaf in program.output.args[0] if isinstance(leaf, fx.Node)]  # type: ignore[union-attr]
     for name, nodes in tainted.items():
@@ -352,6 +363,18 @@ def snake_case(name: str) -> str:
     )
 
 
+def argument(node: fx.Node, position: int) -> fx.Node:
+    """The node at a position among another's arguments.
+
+    Raises:
+        VerifyError: There is a constant or nothing.
+    """
+    value = node.args[position] if position < len(node.args) else None
+    if not isinstance(value, fx.Node):
+        raise VerifyError(f"{node.name}: argument {position} must be a value of the graph, not {value!r}")
+    return value
+
+
 def source_signature(model: nn.Module) -> tuple[str, ...]:
     """Argument names of a module's ``forward``, without ``self`` and without ``**kwargs``."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -360,6 +383,6 @@ def source_signature(model: nn.Module) -> tuple[str, ...]:
 
 def device_of(program: nn.Module) -> torch.device:
     """Device of the first parameter or buffer; the CPU where there is none."""
-    first = next(iter(program.parameters()), None)
+    first: Tensor | None = next(iter(program.parameters()), None)
     first = first if first is not None else next(iter(program.buffers()), None)
     return first.device if first is not None else torch.device("cpu")

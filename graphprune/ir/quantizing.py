@@ -68,7 +68,7 @@ def insert_quantizer(program: Program, value: fx.Node, decision: Quantizer, mome
     if observing is None:
         with program.graph.inserting_before(next(iter(program.graph.nodes))):
             observing = program.graph.create_node("get_attr", "observing")
-    last = list(nodes.values())[0]
+    last = next(iter(nodes.values()))
     with program.graph.inserting_after(last):
         fake = program.graph.call_function(
             ops.fake_quantize,
@@ -91,6 +91,9 @@ def set_weight_range(program: Program, prefix: str, weight: torch.Tensor, scheme
     """Set a weight quantizer's range, scale and zero-point from the weight as it is now."""
     low, high = MinMax(scheme.axis).update(None, None, weight)
     scale, zero_point = choose_qparams(low, high, scheme)
+    owner, _, leaf = prefix.rpartition(".")
+    buffers = program.get_submodule(owner)._buffers
     for kind, value in zip(BUFFERS, (low, high, scale, zero_point), strict=True):
-        if kind in ("scale", "zero_point") or hasattr(program.get_submodule(prefix.rpartition(".")[0]), f"{prefix.rpartition('.')[2]}_{kind}"):
-            program.tensor(f"{prefix}_{kind}").copy_(value)
+        buffer = buffers.get(f"{leaf}_{kind}")
+        if buffer is not None:  # the range is gone once it is frozen
+            buffer.copy_(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import inspect
 import logging
 import traceback
 from collections.abc import Iterator, Mapping
@@ -271,12 +270,22 @@ def _merge_tied(root: nn.Module, graph: fx.Graph) -> None:
 
 
 def _name_sizes(placeholders: list[fx.Node]) -> dict[str, str]:
-    """Letters for dynamic sizes, in order of first appearance: b for the batch, s for the sequence, ..."""
+    """Letters for dynamic sizes, in order of first appearance: b for the batch, s for the sequence, ...
+
+    Dimension 0 of every input is the batch wherever it had one size in the example, also where the model's operators would
+    let it differ (a mask that is broadcast).
+    """
     names: dict[str, str] = {}
+    batch = next((node.meta["val"].shape[0] for node in placeholders if node.meta["val"].dim()), None)
     for node in placeholders:
-        for size in node.meta["val"].shape:
-            if not isinstance(size, int) and str(size) not in names:
-                names[str(size)] = _SIZE_NAMES[len(names)] if len(names) < len(_SIZE_NAMES) else f"d{len(names)}"
+        for dim, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, int) or str(size) in names:
+                continue
+            if dim == 0 and not isinstance(batch, int) and batch is not None and size.node.hint == batch.node.hint:
+                names[str(size)] = names.get(str(batch), _SIZE_NAMES[0])
+            else:
+                used = len(set(names.values()))
+                names[str(size)] = _SIZE_NAMES[used] if used < len(_SIZE_NAMES) else f"d{used}"
     return names
 
 

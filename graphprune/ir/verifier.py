@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -116,11 +117,13 @@ def _check_fake_quant(program: Program) -> None:
         low, high, axis = node.args[3], node.args[4], node.args[5] if len(node.args) > 5 else -1
         if scale.is_meta:
             continue
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        smallest, largest = (float(bound) for bound in scale.aminmax())
+        if not (smallest > 0 and largest < math.inf):
             raise _fail(program, Property.FAKE_QUANT, node, "scale must be finite and positive")
-        if not bool(((zero_point >= low) & (zero_point <= high)).all()):  # type: ignore[operator]
+        smallest, largest = (float(bound) for bound in zero_point.aminmax())
+        if not (low <= smallest and largest <= high):  # type: ignore[operator]
             raise _fail(program, Property.FAKE_QUANT, node, f"zero-point must lie in [{low}, {high}]")
-        if parse_scheme(decision.scheme).symmetric and bool(zero_point.any()):
+        if parse_scheme(decision.scheme).symmetric and (smallest or largest):
             raise _fail(program, Property.FAKE_QUANT, node, "the zero-point of a symmetric scheme is 0")
         if scale.shape != zero_point.shape:
             raise _fail(program, Property.FAKE_QUANT, node, "scale and zero-point differ in shape")

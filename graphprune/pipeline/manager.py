@@ -165,9 +165,9 @@ def _structure(program: Program) -> int:
     )
 
 
-def requirement_graph(passes: Sequence[Pass]) -> nx.DiGraph:
+def requirement_graph(passes: Sequence[Pass]) -> nx.DiGraph[int]:
     """Which pass could serve which: an edge from each pass to every pass that requires what it establishes."""
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_nodes_from(range(len(passes)))
     for giver, step in enumerate(passes):
         for taker, other in enumerate(passes):

@@ -50,7 +50,7 @@ class Recipe:
     variables: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, source: Recipe | Step | Sequence[Step] | Path, **overrides: object) -> Recipe:
+    def of(cls, source: Recipe | Step | Sequence[Step] | Path, /, **overrides: object) -> Recipe:
         """Make a recipe from any of its writings.
 
         Args:
@@ -73,7 +73,7 @@ class Recipe:
         return cls(_passes(steps, {}))
 
     @classmethod
-    def load(cls, path: Path | str, **overrides: object) -> Recipe:
+    def load(cls, path: Path | str, /, **overrides: object) -> Recipe:
         """Read a YAML file.
 
         Raises:
@@ -90,7 +90,7 @@ class Recipe:
             raise RecipeError(f"{path}: {error}") from None
 
     @classmethod
-    def parse(cls, text: str, **overrides: object) -> Recipe:
+    def parse(cls, text: str, /, **overrides: object) -> Recipe:
         """Read YAML text.
 
         Raises:

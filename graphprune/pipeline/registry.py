@@ -14,18 +14,19 @@ from graphprune.errors import GraphPruneError, RecipeError, suggest
 from graphprune.pipeline.base import Pass
 from graphprune.pipeline.target import Target
 
-T = TypeVar("T", bound=Pass | Target)
+T = TypeVar("T", Pass, Target)
 
 
 @cache
-def _load(group: str, base: type[Any]) -> Mapping[str, type[Any]]:
+def _load(group: str, base: Any) -> Mapping[str, Any]:
     """Classes that the installed packages offer. Each entry point names a package whose ``__all__`` lists them."""
-    found: dict[str, type[Any]] = {}
+    found: dict[str, Any] = {}
     for point in entry_points(group=group):
         package = point.load()
         for name in package.__all__:
-            cls = getattr(package, name)
-            if isinstance(cls, type) and issubclass(cls, base):
+            offered = getattr(package, name)
+            if isinstance(offered, type) and issubclass(offered, base):
+                cls: Any = offered
                 other = found.setdefault(cls.name, cls)
                 if other is not cls:
                     raise GraphPruneError(
@@ -108,5 +109,5 @@ def _listed(value: object, hint: object) -> object:
 
 
 @cache
-def _adapter(cls: type[Any], option: str) -> TypeAdapter[Any]:
+def _adapter(cls: Any, option: str) -> TypeAdapter[Any]:
     return TypeAdapter(get_type_hints(cls)[option], config=ConfigDict(title=option, strict=True))

@@ -100,11 +100,8 @@ class Target(abc.ABC):
         """
 
     @abc.abstractmethod
-    def run(self, folder: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the lowered model of ``folder`` once and return its outputs by name."""
-
     def open(self, folder: Path, threads: int | None = None) -> Run:
-        """Load the lowered model to run it many times.
+        """Load the lowered model of an artifact, to run it any number of times.
 
         Args:
             folder: An artifact.
@@ -112,8 +109,10 @@ class Target(abc.ABC):
 
         Returns:
             A function from inputs by name to outputs by name.
+
+        Raises:
+            LoweringError: The runtime is not installed, or the folder holds no model.
         """
-        return lambda inputs: self.run(folder, inputs)
 
     @abc.abstractmethod
     def weights(self, folder: Path, layouts: Mapping[str, str]) -> dict[str, StoredWeight]:
