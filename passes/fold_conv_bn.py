@@ -14,8 +14,10 @@ from torch import fx, nn
 
 from graphprune.ir import ops
 from graphprune.ir.program import Program, argument
+from graphprune.ir.rewrite import Call, Match, RewriteRule, apply_rule
 from graphprune.ir.sites import OPERATORS
 from graphprune.pipeline.base import Coverage, Pass, PassResult
+from graphprune.sparsity.layout import Layout
 
 aten = torch.ops.aten
 
@@ -28,19 +30,44 @@ class FoldConvBn(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Scale convolution weights in place, and remove the normalizations."""
-        folded: list[str] = []
-        left_out: dict[str, str] = {}
-        for node in program.calls(aten.batch_norm.default):
-            reason = _obstacle(program, node, node.args[0])
-            if reason:
-                left_out[str(node.args[1].target if isinstance(node.args[1], fx.Node) else node.name)] = reason
-            else:
-                folded.append(_fold(program, node, argument(node, 0)))
+        applied = apply_rule(program, _FoldRule())
         _drop_counters(program)
-        if folded:
-            program.graph.eliminate_dead_code()
-            program.recompile()
-        return PassResult(program, bool(folded), {"folded": len(folded)}, Coverage(tuple(folded), left_out))
+        stats = {"folded": len(applied.rewritten)}
+        return PassResult(program, bool(applied.rewritten), stats, Coverage(applied.rewritten, applied.left_out))
+
+
+class _FoldRule(RewriteRule):
+    subgraph = Call(
+        "normalization",
+        (aten.batch_norm.default,),
+        {0: Call("convolution", tuple(target for target, item in OPERATORS.items() if item.layout is Layout.CONV))},
+    )
+
+    def label(self, match: Match) -> str:
+        gamma = match.root.args[1]
+        return str(gamma.target) if isinstance(gamma, fx.Node) else match.root.name
+
+    def check(self, program: Program, match: Match) -> str | None:
+        convolution = match["convolution"]
+        if len(convolution.users) > 1:
+            return "the convolution's result is used elsewhere too"
+        weight = _weight_of(convolution)
+        if weight.op != "get_attr":
+            return "the convolution's weight is fake-quantized; run fold-conv-bn before insert-fake-quant"
+        uses = [user for user in weight.users if user.target is not ops.mask and user is not convolution]
+        masked = [user for user in weight.users if user.target is ops.mask]
+        if uses or any(len(item.users) > 1 for item in masked):
+            return "the convolution's weight is used elsewhere too"
+        bias = convolution.args[2] if len(convolution.args) > 2 else None
+        if isinstance(bias, fx.Node) and len(bias.users) > 1:
+            return "the convolution's bias is used elsewhere too"
+        if not all(isinstance(item, fx.Node) for item in match.root.args[3:5]):
+            return "it has no running statistics"
+        return None
+
+    def rewrite(self, program: Program, match: Match) -> fx.Node:
+        _fold(program, match.root, match["convolution"])
+        return match["convolution"]
 
 
 def _weight_of(convolution: fx.Node) -> fx.Node:
@@ -48,30 +75,8 @@ def _weight_of(convolution: fx.Node) -> fx.Node:
     return argument(weight, 0) if weight.target is ops.mask else weight
 
 
-def _obstacle(program: Program, node: fx.Node, convolution: object) -> str | None:
-    if not isinstance(convolution, fx.Node) or not str(convolution.target).startswith("aten.conv"):
-        return "its input is no convolution"
-    if convolution.target not in OPERATORS:
-        return f"its input is {convolution.target}, which is not folded"
-    if len(convolution.users) > 1:
-        return "the convolution's result is used elsewhere too"
-    weight = _weight_of(convolution)
-    if weight.op != "get_attr":
-        return "the convolution's weight is fake-quantized; run fold-conv-bn before insert-fake-quant"
-    uses = [user for user in weight.users if user.target is not ops.mask and user is not convolution]
-    masked = [user for user in weight.users if user.target is ops.mask]
-    if uses or any(len(item.users) > 1 for item in masked):
-        return "the convolution's weight is used elsewhere too"
-    bias = convolution.args[2] if len(convolution.args) > 2 else None
-    if isinstance(bias, fx.Node) and len(bias.users) > 1:
-        return "the convolution's bias is used elsewhere too"
-    if not all(isinstance(item, fx.Node) for item in node.args[3:5]):
-        return "it has no running statistics"
-    return None
-
-
 @torch.no_grad()
-def _fold(program: Program, node: fx.Node, convolution: fx.Node) -> str:
+def _fold(program: Program, node: fx.Node, convolution: fx.Node) -> None:
     values = [program.tensor(str(item.target)) if isinstance(item, fx.Node) else None for item in node.args[1:5]]
     gamma, beta, mean, variance = values
     assert mean is not None
@@ -91,9 +96,6 @@ def _fold(program: Program, node: fx.Node, convolution: fx.Node) -> str:
             added = program.graph.create_node("get_attr", _add_bias(program, weight_name, shift.to(weight.dtype)))
         added.meta["val"] = shift.to("meta", weight.dtype)
         convolution.args = (*convolution.args[:2], added, *convolution.args[3:])
-    node.replace_all_uses_with(convolution)
-    program.graph.erase_node(node)
-    return weight_name
 
 
 def _add_bias(program: Program, weight_name: str, value: torch.Tensor) -> str:

@@ -77,7 +77,9 @@ class InsertMasks(Pass):
         if not 0 <= self.sparsity < 1:
             raise SparsityError(f"sparsity={self.sparsity} is not in [0, 1); it is a fraction, 0.8 for 80 percent")
         if not 0 <= self.min_sparsity <= self.max_sparsity <= 1:
-            raise SparsityError(f"it needs 0 <= min_sparsity ({self.min_sparsity}) <= max_sparsity ({self.max_sparsity}) <= 1")
+            raise SparsityError(
+                f"it needs 0 <= min_sparsity ({self.min_sparsity}) <= max_sparsity ({self.max_sparsity}) <= 1"
+            )
         if self.min_sparsity > self.sparsity or self.max_sparsity < self.sparsity:
             raise SparsityError(f"sparsity={self.sparsity} lies outside [min_sparsity, max_sparsity]")
         if self.frequency < 1:
@@ -96,7 +98,9 @@ class InsertMasks(Pass):
         masked = {site.name for site in already}
         for site in fitting:
             if site.name in masked:
-                raise SparsityError(f"{site.name} has a mask already; two rules on one site contradict each other, exclude it in one")
+                raise SparsityError(
+                    f"{site.name} has a mask already; two rules on one site contradict each other, exclude it in one"
+                )
         rule = max(rules_of(already), default=-1) + 1
         weights = attributes(program)
         for site in fitting:
@@ -123,7 +127,9 @@ class InsertMasks(Pass):
                 fitting.append(site)
                 reachable += pattern.max_sparsity(site.shape) * site.parameters
         if not fitting:
-            raise SparsityError(f"pattern {self.pattern} fits none of {len(sites)} sites: {'; '.join(left_out.values())}")
+            raise SparsityError(
+                f"pattern {self.pattern} fits none of {len(sites)} sites: {'; '.join(left_out.values())}"
+            )
         best = reachable / sum(site.parameters for site in fitting)
         if self.sparsity > best + 1e-9:
             raise SparsityError(f"pattern {self.pattern} cannot reach sparsity {self.sparsity}; its most is {best:.4g}")

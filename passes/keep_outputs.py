@@ -38,4 +38,6 @@ class KeepOutputs(Pass):
         assert isinstance(kept, tuple)
         gone = {name: "not in names" for name, leaf in zip(known, kept, strict=True) if leaf is None}
         matched = tuple(name for name in known if name not in gone)
-        return PassResult(program, program.output.args != before, {"outputs-kept": len(matched)}, Coverage(matched, gone))
+        return PassResult(
+            program, program.output.args != before, {"outputs-kept": len(matched)}, Coverage(matched, gone)
+        )

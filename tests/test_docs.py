@@ -21,11 +21,15 @@ def test_the_pass_of_the_architecture_page_runs() -> None:
     (code,) = [block for block in blocks("docs/architecture.md") if "class ZeroBias" in block]
     assert len(code.splitlines()) <= 50
     model = gp.trace(MODELS["mlp"](), example("mlp"))
-    scope = {"model": model, "__name__": "example"}
+    scope = {"model": model, "__name__": __name__}  # dataclasses look their module up
     exec(compile(code, "docs/architecture.md", "exec"), scope)
     program = scope["program"]
     assert isinstance(program, gp.Program)
-    masked = [node.args[2].target for node in program.calls(torch.ops.aten.linear.default) if "mask" in str(node.args[1].target)]
+    masked = [
+        node.args[2].target
+        for node in program.calls(torch.ops.aten.linear.default)
+        if "mask" in str(node.args[1].target)
+    ]
     assert masked
     assert all((program.tensor(name) == 0).all() for name in masked)
     assert "zero-bias" in program.history[-1]
@@ -35,9 +39,7 @@ def test_the_loop_of_the_readme_runs(tmp_path: Path) -> None:
     (code,) = [block for block in blocks("README.md") if "gp.training.Session" in block]
     assert len(code.splitlines()) <= 24
     torch.manual_seed(0)
-    batches = [
-        {"input_ids": torch.randint(0, 99, (4, 8)), "labels": torch.randint(0, 2, (4,))} for _ in range(12)
-    ]
+    batches = [{"input_ids": torch.randint(0, 99, (4, 8)), "labels": torch.randint(0, 2, (4,))} for _ in range(12)]
     code = code.replace('"out/"', repr(str(tmp_path / "out")))
     scope = {"model": MODELS["bert_sequence"](), "batches": batches, "__name__": "example"}
     exec(compile(code, "README.md", "exec"), scope)

@@ -175,7 +175,7 @@ class Shared(nn.Module):
         ("weight", "the convolution's weight is used elsewhere too"),
         ("bias", "the convolution's bias is used elsewhere too"),
         ("statistics", "it has no running statistics"),
-        ("linear", "its input is no convolution"),
+        ("linear", "aten.relu.default is no convolution"),
     ],
 )
 def test_what_cannot_be_folded_is_reported(case: str, reason: str) -> None:

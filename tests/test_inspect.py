@@ -118,7 +118,7 @@ def test_json_form_is_plain_data() -> None:
     }
     assert data["excluded"][0].keys() == {"name", "reason"}
     assert data["totals"]["sites"] == len(data["sites"]) == 2
-    assert data["inputs"] == {"x": [4, 16]}
+    assert data["totals"]["inputs"] == {"x": [4, 16]}
 
 
 def test_text_form(golden: Callable[[str, str], None]) -> None:

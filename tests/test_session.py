@@ -163,7 +163,9 @@ def test_magnitude_needs_no_gradient(traced: gp.Program) -> None:
 @pytest.mark.parametrize("scope", ["global", "local"])
 @pytest.mark.parametrize("pattern", ["unstructured", "4x1", "2:4", "channelx1"])
 @pytest.mark.parametrize("schedule", ["one-shot", "linear", "cubic", "exponential", "cosine"])
-def test_every_pattern_scope_and_schedule_reaches_half(traced: gp.Program, pattern: str, scope: str, schedule: str) -> None:
+def test_every_pattern_scope_and_schedule_reaches_half(
+    traced: gp.Program, pattern: str, scope: str, schedule: str
+) -> None:
     text = f"insert-masks{{pattern={pattern},sparsity=0.5,scope={scope},schedule={schedule},frequency=3,cool_down=2}}"
     program = masked(traced, text)
     optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
@@ -243,7 +245,7 @@ def test_deepcopy_of_a_program_in_training_is_independent(traced: gp.Program) ->
 
 class TestRefusals:
     def test_no_masks(self, traced: gp.Program) -> None:
-        with pytest.raises(gp.SparsityError, match="no masks .* run insert-masks first"):
+        with pytest.raises(gp.SparsityError, match=r"no masks .* run insert-masks first"):
             gp.training.Session(traced, torch.optim.SGD(traced.parameters(), lr=0.1), total_steps=5)
 
     def test_not_a_program(self) -> None:
@@ -268,9 +270,9 @@ class TestRefusals:
     def test_ending_under_the_target(self, traced: gp.Program) -> None:
         program = masked(traced)
         optimizer = torch.optim.SGD(program.parameters(), lr=0.1)
-        with pytest.raises(gp.SparsityError, match="training ended at step 3 of 20"):
-            with gp.training.Session(program, optimizer, total_steps=20):
-                train(program, optimizer, range(3))
+        short = gp.training.Session(program, optimizer, total_steps=20)
+        with pytest.raises(gp.SparsityError, match="training ended at step 3 of 20"), short:
+            train(program, optimizer, range(3))
         with pytest.raises(gp.SparsityError, match="has reached sparsity"):
             gp.transform(program, "fold-masks")
 

@@ -83,7 +83,10 @@ def bench_passes(layers: int, repeats: int) -> Iterator[Measure]:
     cost: dict[int, tuple[float, int]] = {}
     for count in (max(1, layers // 4), layers):
         model = bert(count).train()
-        inputs = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
+        inputs = {
+            "input_ids": torch.ones(2, 8, dtype=torch.int64),
+            "attention_mask": torch.ones(2, 8, dtype=torch.int64),
+        }
         program = gp.trace(model, inputs, check=False)
         dynamic = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in inputs}
 
@@ -93,7 +96,7 @@ def bench_passes(layers: int, repeats: int) -> Iterator[Measure]:
         recipe = gp.Recipe.of(PASSES)
         spent: list[float] = []
 
-        def run_passes(program: gp.Program = program, spent: list[float] = spent) -> None:
+        def run_passes(program: gp.Program = program, spent: list[float] = spent, recipe: gp.Recipe = recipe) -> None:
             timing = Timing()
             PassManager(recipe.passes, (timing,)).run(copy.deepcopy(program), in_place=True)
             spent.append(sum(seconds for _, seconds in timing.seconds))
@@ -133,7 +136,9 @@ def bench_step(layers: int, repeats: int) -> Iterator[Measure]:
     momentum = gp.transform(traced, MASKS).train()
     batch = _batch()
     total = 1_000_000  # no update falls into the measured steps; its cost is added by its frequency
-    optimizers = {name: _optimizer(model) for name, model in (("plain", plain), ("mask", magnitude), ("snip", momentum))}
+    optimizers = {
+        name: _optimizer(model) for name, model in (("plain", plain), ("mask", magnitude), ("snip", momentum))
+    }
     sessions = [gp.training.Session(magnitude, optimizers["mask"], total_steps=total)]
     sessions.append(gp.training.Session(momentum, optimizers["snip"], total_steps=total))
     for session in sessions:
@@ -175,7 +180,9 @@ def bench_update(layers: int, repeats: int) -> Iterator[Measure]:
 
     times = interleaved({"pass": forward_backward, "update": lambda: update_masks(sites, 0.8, scores)}, repeats)
     weights = sum(site.weight.numel() for site in sites)
-    yield at_most("mask update / forward-backward", times["update"] / times["pass"], 0.1, f"{weights:,} weights, global 4x1")
+    yield at_most(
+        "mask update / forward-backward", times["update"] / times["pass"], 0.1, f"{weights:,} weights, global 4x1"
+    )
 
 
 def bench_memory(layers: int, repeats: int) -> Iterator[Measure]:
@@ -216,7 +223,9 @@ def bench_int8(layers: int, repeats: int) -> Iterator[Measure]:
     ids = torch.ones(2, LENGTH, dtype=torch.int64)
     dense = gp.trace(bert(layers).eval(), {"input_ids": ids, "attention_mask": ids}, check=False)
     quantized = gp.transform(dense, "insert-fake-quant")
-    gp.training.calibrate(quantized, [{key: torch.from_numpy(value) for key, value in item.items()} for item in samples])
+    gp.training.calibrate(
+        quantized, [{key: torch.from_numpy(value) for key, value in item.items()} for item in samples]
+    )
     target = make_target("onnx")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -229,7 +238,10 @@ def bench_int8(layers: int, repeats: int) -> Iterator[Measure]:
             quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
         )  # fmt: skip
         threads = min(2, os.cpu_count() or 1)
-        runs = {name: target.open(path, threads) for name, path in (("float", float_file), ("ours", ours), ("static", root / "static"))}
+        runs = {
+            name: target.open(path, threads)
+            for name, path in (("float", float_file), ("ours", ours), ("static", root / "static"))
+        }
         times = interleaved({name: lambda run=run: run(samples[0]) for name, run in runs.items()}, 10 * repeats, 3)
     detail = f"batch 1, {LENGTH} tokens, {threads} threads, {layers} layers"
     yield at_most("int8 file / quantize_static file, latency", times["ours"] / times["static"], 1.0, detail)

@@ -1,6 +1,6 @@
 """Lower a saved Program to a target: the target-specific export tool, thin over ``graphprune.export``.
 
-    python tools/export.py out/demo/program --target onnx --out out/onnx --option opset=18
+python tools/export.py out/demo/program --target onnx --out out/onnx --option opset=18
 """
 
 from __future__ import annotations

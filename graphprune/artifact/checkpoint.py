@@ -85,7 +85,7 @@ def load_program(folder: Path | str, model: nn.Module | None = None) -> Program:
         name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]))
         for name, entry in source.trace["inputs"].items()  # type: ignore[attr-defined]
     }
-    shapes = {name: {dim: torch.export.Dim.AUTO for dim in dims} for name, dims in record["dynamic"].items()}
+    shapes = {name: dict.fromkeys(dims, torch.export.Dim.AUTO) for name, dims in record["dynamic"].items()}
     constants: Mapping[str, Any] = source.trace["constants"]  # type: ignore[assignment]
     program = trace(built, inputs, shapes, factory=source.factory, check=False, **constants)
     fills = {name: Fill(**entry) for name, entry in record["fills"].items()}
@@ -167,8 +167,12 @@ def _load_weights(program: Program, path: Path) -> None:
     expected = program.state_dict()
     odd = sorted(set(state) ^ set(expected))
     if odd:
-        raise RecipeError(f"{path} does not fit the replayed passes, for example {odd[0]}; the folder is incomplete or edited")
+        raise RecipeError(
+            f"{path} does not fit the replayed passes, for example {odd[0]}; the folder is incomplete or edited"
+        )
     for name, value in state.items():
         if value.shape != expected[name].shape:
-            raise RecipeError(f"{path}: {name} has shape {tuple(value.shape)}, the Program {tuple(expected[name].shape)}")
+            raise RecipeError(
+                f"{path}: {name} has shape {tuple(value.shape)}, the Program {tuple(expected[name].shape)}"
+            )
     program.load_state_dict(state, assign=True)

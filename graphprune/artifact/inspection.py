@@ -94,13 +94,15 @@ class Inspection:
     def to_dict(self) -> dict[str, object]:
         """The inspection as plain data for JSON."""
         return {
-            "model": self.model,
-            "inputs": {name: list(shape) for name, shape in self.inputs.items()},
             "sites": [
                 {**asdict(site), "shape": list(site.shape), "patterns": list(site.patterns)} for site in self.sites
             ],
             "excluded": [asdict(item) for item in self.excluded],
-            "totals": asdict(self.totals),
+            "totals": {
+                **asdict(self.totals),
+                "model": self.model,
+                "inputs": {name: list(shape) for name, shape in self.inputs.items()},
+            },
         }
 
     def __rich__(self) -> Group:

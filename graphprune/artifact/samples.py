@@ -53,7 +53,10 @@ def run_program(program: Program, inputs: Mapping[str, Tensor], names: Sequence[
     leaves = [leaf for leaf in pytree.tree_leaves(program(**inputs)) if isinstance(leaf, Tensor)]
     if len(leaves) != len(names):
         raise VerifyError(f"the Program has {len(leaves)} outputs and the lowered model {len(names)}")
-    return {name: leaf.float().numpy() if leaf.is_floating_point() else leaf.numpy() for name, leaf in zip(names, leaves, strict=True)}
+    return {
+        name: leaf.float().numpy() if leaf.is_floating_point() else leaf.numpy()
+        for name, leaf in zip(names, leaves, strict=True)
+    }
 
 
 def write_samples(folder: Path, inputs: Sequence[Mapping[str, Tensor]], outputs: Sequence[Arrays]) -> None:

@@ -93,10 +93,14 @@ def verify(folder: Path | str) -> Report:
 def _check_files(folder: Path, manifest: Manifest) -> tuple[Check, list[str]]:
     missing = [entry.name for entry in manifest.files if not (folder / entry.name).is_file()]
     changed = [
-        entry.name for entry in manifest.files if entry.name not in missing and sha256(folder / entry.name) != entry.sha256
+        entry.name
+        for entry in manifest.files
+        if entry.name not in missing and sha256(folder / entry.name) != entry.sha256
     ]
     known = {entry.name for entry in manifest.files} | {MANIFEST}
-    extra = sorted(path.name for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in known)
+    extra = sorted(
+        path.name for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in known
+    )
     problems = [f"{name} is missing" for name in missing] + [f"{name} was changed" for name in changed]
     problems += [f"{name} is not in the manifest" for name in extra]
     detail = "; ".join(problems) or f"{len(manifest.files)} files as listed"
@@ -204,10 +208,14 @@ def largest_difference(actual: Mapping[str, np.ndarray], expected: Arrays) -> tu
     for name, want in expected.items():
         have = actual.get(name)
         if have is None or have.shape != want.shape:
-            raise VerifyError(f"output {name} is {'missing' if have is None else f'of shape {have.shape}, not {want.shape}'}")
+            raise VerifyError(
+                f"output {name} is {'missing' if have is None else f'of shape {have.shape}, not {want.shape}'}"
+            )
         with np.errstate(invalid="ignore"):
             apart = np.abs(have.astype(np.float64) - want.astype(np.float64))
-        apart = np.where((have == want) | (np.isnan(have) & np.isnan(want)), 0.0, np.where(np.isnan(apart), np.inf, apart))
+        apart = np.where(
+            (have == want) | (np.isnan(have) & np.isnan(want)), 0.0, np.where(np.isnan(apart), np.inf, apart)
+        )
         largest = float(apart.max(initial=0.0))
         if largest > worst:
             worst, where = largest, name

@@ -43,7 +43,7 @@ def sentences() -> list[str]:
 def _plain(text: str) -> str:
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
-    return text.replace("’", "'").replace("…", "...").strip()
+    return text.replace("\u2019", "'").replace("\u2026", "...").strip()
 
 
 def _usable(sentence: str) -> bool:

@@ -46,7 +46,9 @@ class TeacherCache:
         epoch = batches(items, 1024, seed=0, jitter=0)
         for batch in progress.track(epoch, description="teacher's hidden states"):
             ids, mask = pad([items[index] for index in batch])
-            hidden = torch.stack(teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states, 1)
+            hidden = torch.stack(
+                teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states, 1
+            )
             for row, index in enumerate(batch):
                 states[index] = hidden[row, :, : len(items[index])].half()
         return cls(states)
@@ -156,7 +158,9 @@ class Trainer:
         output = program(input_ids=ids, attention_mask=mask)
         return self.distillation.loss(output, self.cache.output(batch, ids.shape), mask)
 
-    def save(self, program: Program, stage: Stage, optimizer: torch.optim.Optimizer | None, session: Session | None) -> None:
+    def save(
+        self, program: Program, stage: Stage, optimizer: torch.optim.Optimizer | None, session: Session | None
+    ) -> None:
         """Write the checkpoint; without an optimizer it marks the stage as finished."""
         frozen = {name for name, item in program.named_parameters() if not item.requires_grad}
         state = {name: value for name, value in program.state_dict().items() if name not in frozen}

@@ -91,7 +91,9 @@ def _same_outputs(model: nn.Module, left: dict[str, Tensor], right: dict[str, Te
             first, second = _tensors(model(**left)), _tensors(model(**right))
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False  # the model refuses the candidate, so it stays out
-    return len(first) == len(second) and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first, second, strict=True))
+    return len(first) == len(second) and all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(first, second, strict=True)
+    )
 
 
 def _tensors(output: object) -> list[Tensor]:
@@ -127,4 +129,6 @@ def add_labels(model: nn.Module, inputs: dict[str, Tensor]) -> None:
             inputs.update(labels)
             return
         problems.append(f"{list(shape)}: no loss in the output")
-    raise TraceError(f"{type(model).__name__} gave no loss for labels of any usual shape ({'; '.join(problems)}); pass example_inputs with labels")
+    raise TraceError(
+        f"{type(model).__name__} gave no loss for labels of any usual shape ({'; '.join(problems)}); pass example_inputs with labels"
+    )

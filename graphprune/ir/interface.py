@@ -126,7 +126,9 @@ class Interface:
         """
         given: dict[str, object] = {}
         if len(args) > len(self.parameters):
-            raise TraceError(f"{len(args)} positional arguments given; the source's forward takes {len(self.parameters)}")
+            raise TraceError(
+                f"{len(args)} positional arguments given; the source's forward takes {len(self.parameters)}"
+            )
         for name, value in (*zip(self.parameters, args, strict=False), *kwargs.items()):
             if name in given:
                 raise TraceError(f"input {name!r} is given twice, by position and by name")
@@ -147,7 +149,9 @@ class Interface:
         if name in self.constants:
             if not isinstance(value, Tensor) and self.constants[name] == value:
                 return
-            raise TraceError(f"argument {name!r} was traced as {self.constants[name]!r} and cannot be {value!r} now; trace again")
+            raise TraceError(
+                f"argument {name!r} was traced as {self.constants[name]!r} and cannot be {value!r} now; trace again"
+            )
         if name == "return_dict" and value is True:
             return
         if name not in self.parameters:

@@ -24,7 +24,13 @@ _ASSERTIONS = {
 }
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # operator: arguments before its submodule
 _TO_WITHOUT_DEVICE = ("aten.to.device", "aten.to.dtype_layout", "aten.to.prim_Device", "aten._to_copy.default")
-_DTYPE_OF_RESULT = ("aten.softmax.int", "aten.sum.dim_IntList", "aten.mean.dim", "aten.log_softmax.int", "aten.cumsum.default")
+_DTYPE_OF_RESULT = (
+    "aten.softmax.int",
+    "aten.sum.dim_IntList",
+    "aten.mean.dim",
+    "aten.log_softmax.int",
+    "aten.cumsum.default",
+)
 
 
 def normalize(module: fx.GraphModule, inputs: Iterable[str], dtype: torch.dtype) -> fx.Graph:

@@ -138,9 +138,7 @@ def _weight_nodes(program: Program) -> dict[str, list[fx.Node]]:
 def _aliases(program: Program) -> dict[str, str]:
     """Every parameter name, tied ones included, to the first name of the same parameter."""
     first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(value), name) for name, value in program.named_parameters(remove_duplicate=False)
-    }
+    return {name: first.setdefault(id(value), name) for name, value in program.named_parameters(remove_duplicate=False)}
 
 
 def _site(name: str, weight: Tensor, nodes: list[fx.Node], batch: int) -> tuple[Site | None, str]:
@@ -155,7 +153,9 @@ def _site(name: str, weight: Tensor, nodes: list[fx.Node], batch: int) -> tuple[
                 others.append(_operator_name(user))
     if not found:
         kind = others[0] if others else ""
-        return None, _REASONS.get(kind, f"used by {kind}, not as the weight of a linear or conv" if kind else "not used")
+        return None, _REASONS.get(
+            kind, f"used by {kind}, not as the weight of a linear or conv" if kind else "not used"
+        )
     if others:
         return None, f"also used by {', '.join(sorted(set(others)))}: pruning it would change that too"
     layouts = {operator.layout for operator, _ in found}

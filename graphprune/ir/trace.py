@@ -115,7 +115,9 @@ def _example(
 def _by_name(model: nn.Module, values: tuple[object, ...]) -> dict[str, object]:
     signature = source_signature(model)
     if len(values) > len(signature):
-        raise TraceError(f"{len(values)} example inputs given; {type(model).__name__}.forward takes {', '.join(signature)}")
+        raise TraceError(
+            f"{len(values)} example inputs given; {type(model).__name__}.forward takes {', '.join(signature)}"
+        )
     return dict(zip(signature, values, strict=False))
 
 
@@ -123,7 +125,9 @@ def _check_arguments(model: nn.Module, arguments: Mapping[str, object]) -> None:
     signature = source_signature(model)
     unknown = [name for name in arguments if name not in signature]
     if unknown and _keyword_catcher(model) is None:
-        raise TraceError(f"{type(model).__name__}.forward takes no argument {unknown[0]!r}{suggest(unknown[0], signature)}")
+        raise TraceError(
+            f"{type(model).__name__}.forward takes no argument {unknown[0]!r}{suggest(unknown[0], signature)}"
+        )
     try:
         inspect.signature(model.forward).bind(**arguments)
     except TypeError as error:
@@ -142,7 +146,7 @@ def _export(
             shapes.append(dynamic_shapes.get(name))
         else:
             last = 1 if value.is_floating_point() else 2
-            shapes.append({dim: torch.export.Dim.AUTO for dim in range(min(last, value.dim()))})
+            shapes.append(dict.fromkeys(range(min(last, value.dim())), torch.export.Dim.AUTO))
     try:
         with _bound(model, tuple(inputs), constants):
             return torch.export.export(model, tuple(inputs.values()), dynamic_shapes=tuple(shapes), strict=False)
@@ -211,7 +215,8 @@ def _build(
     interface = Interface(
         parameters=tuple(dict.fromkeys((*source_signature(model), *inputs))),
         inputs=tuple(
-            Input(name, value.dtype, _shape(placeholders[name], names), fills.get(name)) for name, value in inputs.items()
+            Input(name, value.dtype, _shape(placeholders[name], names), fills.get(name))
+            for name, value in inputs.items()
         ),
         constants=dict(constants),
         output=spec,

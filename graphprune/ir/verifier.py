@@ -75,7 +75,9 @@ def _check_graph(program: Program) -> None:
         raise _fail(program, "graph", None, f"a graph has one output, this one has {outputs}")
     placeholders = tuple(node.target for node in program.graph.nodes if node.op == "placeholder")
     if placeholders != program.interface.names:
-        raise _fail(program, "graph", None, f"inputs {placeholders} differ from the interface {program.interface.names}")
+        raise _fail(
+            program, "graph", None, f"inputs {placeholders} differ from the interface {program.interface.names}"
+        )
 
 
 def _check_attribute(program: Program, node: fx.Node) -> None:
@@ -130,7 +132,9 @@ def _check_fake_quant(program: Program) -> None:
         value = node.args[0].meta.get("val")  # type: ignore[union-attr]
         wanted = () if axis == -1 or value is None else (value.shape[axis],)  # type: ignore[index]
         if value is not None and tuple(scale.shape) != wanted:
-            raise _fail(program, Property.FAKE_QUANT, node, f"scale has shape {tuple(scale.shape)}, the channels {wanted}")
+            raise _fail(
+                program, Property.FAKE_QUANT, node, f"scale has shape {tuple(scale.shape)}, the channels {wanted}"
+            )
 
 
 def _check_frozen(program: Program) -> None:

@@ -17,7 +17,14 @@ _BINARY: dict[type[ast.operator], Callable[..., float]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
-_CALLS: dict[str, Callable[..., float]] = {"min": min, "max": max, "round": round, "abs": abs, "int": int, "float": float}
+_CALLS: dict[str, Callable[..., float]] = {
+    "min": min,
+    "max": max,
+    "round": round,
+    "abs": abs,
+    "int": int,
+    "float": float,
+}
 _WHOLE = re.compile(r"\$\{([^{}]*)\}")
 
 

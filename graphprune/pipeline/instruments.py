@@ -51,7 +51,12 @@ class Diff:
         """Write the difference."""
         after = print_program(result.program)
         lines = difflib.unified_diff(
-            self._before.splitlines(), after.splitlines(), f"before [{index}] {step}", f"after [{index}] {step}", lineterm="", n=1
+            self._before.splitlines(),
+            after.splitlines(),
+            f"before [{index}] {step}",
+            f"after [{index}] {step}",
+            lineterm="",
+            n=1,
         )
         self.write("\n".join(lines))
 

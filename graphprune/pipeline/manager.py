@@ -81,10 +81,14 @@ class PassManager:
         message = f"pipeline[{index}].{step.name} requires {lacking}, which does not hold there"
         for before in reversed(range(index)):
             if self.passes[before].destroys & lacking:
-                return f"{message}: pipeline[{before}].{self.passes[before].name} destroys it; put {step.name} before it"
+                return (
+                    f"{message}: pipeline[{before}].{self.passes[before].name} destroys it; put {step.name} before it"
+                )
         for after in edges.predecessors(index):
             if after > index:
-                return f"{message}: pipeline[{after}].{self.passes[after].name} establishes it; put it before {step.name}"
+                return (
+                    f"{message}: pipeline[{after}].{self.passes[after].name} establishes it; put it before {step.name}"
+                )
         return f"{message}; add the pass that establishes it before {step.name} (see graphprune passes)"
 
     def run(self, program: Program, *, in_place: bool = False) -> PipelineResult:
@@ -111,7 +115,9 @@ class PassManager:
                 result = step.run(program)
                 program = result.program
                 if not result.changed and _structure(program) != structure:
-                    raise PassError("it changed the graph and returned changed=False; return changed=True, or stale code runs")
+                    raise PassError(
+                        "it changed the graph and returned changed=False; return changed=True, or stale code runs"
+                    )
                 program.properties = (program.properties & ~step.destroys) | step.establishes
                 if result.changed:
                     program.recompile()
@@ -133,7 +139,9 @@ class PassManager:
             raise kind(f"pipeline[{index}].{step.name}: {left}{error}{note}") from error
         except Exception as error:
             note = self._note(index, step, before)
-            raise PassError(f"pipeline[{index}].{step.name} failed with {type(error).__name__}: {error}{note}") from error
+            raise PassError(
+                f"pipeline[{index}].{step.name} failed with {type(error).__name__}: {error}{note}"
+            ) from error
 
     def _note(self, index: int, step: Pass, before: str) -> str:
         ran = ", ".join(item.name for item in self.passes[:index])

@@ -192,7 +192,9 @@ def _passes(steps: Sequence[object], variables: Mapping[str, object]) -> tuple[P
                 raise RecipeError(f"{where}.{name}: options are a mapping, not {type(replaced).__name__}")
             passes.append(make_pass(str(name), replaced, where))
         else:
-            raise RecipeError(f"{where}: a step is a pass, a text such as 'fold-masks', or a mapping of one name to its options")
+            raise RecipeError(
+                f"{where}: a step is a pass, a text such as 'fold-masks', or a mapping of one name to its options"
+            )
     return tuple(passes)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
 
-
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 """A loaded model: inputs by name to outputs by name."""
 

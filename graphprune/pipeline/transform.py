@@ -55,6 +55,11 @@ def transform(
         program = model
     else:
         program = trace(
-            model, example_inputs, dynamic_shapes, labels=labels, factory=factory, **constants  # type: ignore[arg-type]
+            model,
+            example_inputs,
+            dynamic_shapes,
+            labels=labels,
+            factory=factory,
+            **constants,  # type: ignore[arg-type]
         )
     return manager.run(program, in_place=in_place).program

@@ -48,7 +48,9 @@ class SessionCallback(TrainerCallback):  # type: ignore[misc]
         with written(folder / _FILE) as path:
             torch.save(self.session.state_dict(), path)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Take the hooks off; the masks stay."""
         if self.session is not None:
             self.session.close()

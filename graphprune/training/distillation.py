@@ -119,7 +119,9 @@ class Distillation:
         was_training = self.teacher.training
         self.teacher.eval()
         try:
-            given = {name: value for name, value in inputs.items() if "label" not in name and not name.endswith("_positions")}
+            given = {
+                name: value for name, value in inputs.items() if "label" not in name and not name.endswith("_positions")
+            }
             if self.hidden and getattr(self.teacher, "config", None) is not None:
                 return self.teacher(**given, output_hidden_states=True)
             return self.teacher(**given)
@@ -169,7 +171,7 @@ class Distillation:
 
 
 def _states(output: Any, who: str) -> Sequence[Tensor]:
-    states = output["hidden_states"] if "hidden_states" in output else None
+    states = output.get("hidden_states")
     if states is None:
         raise GraphPruneError(f"the {who} returns no hidden_states; trace or call it with output_hidden_states=True")
     return tuple(states)

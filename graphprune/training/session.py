@@ -180,7 +180,9 @@ class Session:
         names = {site.name for site in self._sites}
         if names != set(masks):
             odd = sorted(names ^ set(masks))
-            raise SparsityError(f"the state has masks of other sites, for example {odd[0]}; load it into the same recipe")
+            raise SparsityError(
+                f"the state has masks of other sites, for example {odd[0]}; load it into the same recipe"
+            )
         for site in self._sites:
             if masks[site.name].shape != site.mask.shape:
                 raise SparsityError(
