@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from graphprune.errors import SparsityError
-from graphprune.ir.masking import Pruned, masked_sites, reached, rules_of
+from graphprune.ir.masking import Pruned, check_patterns, masked_sites, reached, rules_of
 from graphprune.ir.program import Program, argument
 from graphprune.ir.properties import Property
 from graphprune.pipeline.base import Coverage, Pass, PassResult
@@ -34,6 +34,7 @@ class FoldMasks(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Zero masked weights in place and remove the masks."""
+        check_patterns(program)
         sites = masked_sites(program)
         for rule, members in rules_of(sites).items():
             if members[0].mask.is_meta:

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from graphprune.errors import LoweringError
 from graphprune.ir import ops
+from graphprune.ir.interface import is_label
 from graphprune.ir.program import Program
 
 if TYPE_CHECKING:
@@ -63,11 +63,6 @@ def inference_copy(program: Program, int8: bool) -> Program:
     program.graph.eliminate_dead_code()
     program.recompile()
     return program
-
-
-def is_label(name: str) -> bool:
-    """Whether an input only serves the loss."""
-    return "label" in name or name in ("start_positions", "end_positions")
 
 
 def export_model(program: Program, opset: int) -> onnx.ModelProto:
@@ -125,17 +120,8 @@ def example_inputs(program: Program) -> tuple[Tensor, ...]:
 def output_names(program: Program) -> tuple[str, ...]:
     """Names of the outputs that exist, by their keys in the source's output object, such as ``logits``."""
     leaves = program.output.args[0]
-    spec = program.interface.output
     assert isinstance(leaves, (tuple, list))
-    tree = pytree.tree_unflatten(list(range(len(leaves))), spec)
-    paths = {leaf: path for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
-    names = []
-    for index, leaf in enumerate(leaves):
-        keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in paths[index]]
-        name = ".".join(keys)
-        if leaf is not None:
-            names.append("output" if not name else f"output_{name}" if name[0].isdigit() else name)
-    return tuple(names)
+    return tuple(name for name, leaf in zip(program.interface.output_names, leaves, strict=True) if leaf is not None)
 
 
 def size_names(program: Program) -> dict[tuple[str, int], str]:

@@ -105,6 +105,17 @@ class TestRefusals:
         with pytest.raises(gp.RecipeError, match="does not fit the replayed passes"):
             gp.load(folder)
 
+    def test_an_edited_mask(self, hugging_face: gp.Program, tmp_path: Path) -> None:
+        folder = gp.save(gp.transform(hugging_face, PIPELINES["masked"]), tmp_path / "saved")
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+        name = next(name for name in state if name.endswith("_mask"))
+        state[name][0, 0] = ~state[name][0, 0]
+        safetensors.torch.save_file(state, folder / "model.safetensors")
+        with pytest.raises(
+            gp.VerifyError, match=f"mask of {name.removesuffix('_mask')} does not follow its pattern 4x1"
+        ):
+            gp.load(folder)
+
     def test_failing_to_write_leaves_nothing(
         self, hugging_face: gp.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -56,3 +56,9 @@ def test_pages_name_only_files_that_exist() -> None:
         text = (ROOT / page).read_text(encoding="utf-8")
         for path in re.findall(r"`((?:graphprune|passes|targets|tools|tests|docs)/[\w./]+\.\w+)`", text):
             assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+def test_every_public_name_is_on_the_page_of_names() -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    for name in (*gp.__all__, *gp.training.__all__):
+        assert name in page, name

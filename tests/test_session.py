@@ -298,3 +298,70 @@ class TestRefusals:
         gp.training.Session(program, optimizer, total_steps=20)
         with pytest.raises(gp.SparsityError, match="keep it in a variable"):
             train(program, optimizer, range(1))
+
+
+class TestZerosStay:
+    """A session skips the mask's product where it changes nothing; nothing may come of that but speed."""
+
+    def trained(self, traced: gp.Program) -> tuple[gp.Program, torch.optim.Optimizer, gp.training.Session]:
+        program = masked(traced)
+        optimizer = torch.optim.AdamW(program.parameters(), lr=0.01)
+        session = gp.training.Session(program, optimizer, total_steps=20)
+        train(program, optimizer, range(20))
+        return program, optimizer, session
+
+    def test_an_edited_weight_is_masked_again(self, traced: gp.Program) -> None:
+        program, _, _session = self.trained(traced)
+        x = batch(0)
+        before = program(x)
+        with torch.no_grad():
+            for site in masked_sites(program):
+                site.weight.add_((~site.mask).float())
+        assert torch.equal(program(x), before)
+
+    def test_another_mask_takes_effect_at_once(self, traced: gp.Program) -> None:
+        program, _, _session = self.trained(traced)
+        site = masked_sites(program)[0]
+        site.mask.zero_()
+        assert torch.equal(program(torch.zeros(2, 16)), program(batch(0)[:2]))
+
+    def test_gradients_are_those_of_the_operator(self, traced: gp.Program) -> None:
+        program, _, _session = self.trained(traced)
+        program.zero_grad()
+        program(batch(1)).square().sum().backward()
+        fast = {name: item.grad.clone() for name, item in program.named_parameters() if item.grad is not None}
+        copied = copy.deepcopy(program)
+        copied.zero_grad()
+        copied(batch(1)).square().sum().backward()
+        for name, item in copied.named_parameters():
+            assert item.grad is None or torch.equal(item.grad, fast[name]), name
+
+    def test_noise_on_the_gradients_does_not_wake_pruned_weights(self, traced: gp.Program) -> None:
+        program = masked(traced)
+        optimizer = torch.optim.SGD(program.parameters(), lr=0.05)
+        session = gp.training.Session(program, optimizer, total_steps=20)
+        for step in range(20):
+            program(batch(step)).square().mean().backward()
+            for parameter in program.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.add_(torch.randn_like(parameter))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert session.done
+        assert all((site.weight[~site.mask] == 0).all() for site in masked_sites(program))
+
+    def test_an_optimizer_that_mixes_entries_does_not_wake_pruned_weights(self, traced: gp.Program) -> None:
+        class Mixing(torch.optim.SGD):
+            @torch.no_grad()
+            def step(self, closure: object = None) -> None:
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            parameter.add_(parameter.grad.mean(), alpha=-0.05)
+
+        program = masked(traced)
+        optimizer = Mixing(program.parameters(), lr=0.05)
+        session = gp.training.Session(program, optimizer, total_steps=20)
+        train(program, optimizer, range(20))
+        assert session.done
+        assert all((site.weight[~site.mask] == 0).all() for site in masked_sites(program))

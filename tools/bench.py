@@ -268,11 +268,13 @@ def main(
     if unknown:
         print(f"error: unknown measure {unknown[0]!r}; known: {', '.join(BENCHES)}", file=sys.stderr)
         raise typer.Exit(2)
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, log_path=False)
     measures: list[Measure] = []
     for name in only or BENCHES:
         with console.status(f"measuring {name}"):
-            measures += BENCHES[name](layers, repeats)
+            for item in BENCHES[name](layers, repeats):
+                measures.append(item)
+                console.log(f"{item.name}: {item.ratio:.3f} (goal {item.goal})")
     if as_json:
         print(json.dumps({"versions": dict(versions()), "measures": [asdict(item) for item in measures]}, indent=2))
     else:

@@ -16,6 +16,7 @@ from torch import nn
 from graphprune.artifact.files import PROGRAM, written_folder
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.ir.interface import Fill
+from graphprune.ir.masking import check_patterns
 from graphprune.ir.program import Program, Source
 from graphprune.ir.trace import trace
 from graphprune.pipeline.manager import PassManager
@@ -105,6 +106,7 @@ def load_program(folder: Path | str, model: nn.Module | None = None) -> Program:
         owner, _, leaf = name.rpartition(".")
         setattr(program.get_submodule(owner), leaf, program.get_parameter(first))
     program.train(bool(record["training"]))
+    check_patterns(program)
     return program
 
 

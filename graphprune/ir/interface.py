@@ -14,6 +14,11 @@ from torch import Tensor
 from graphprune.errors import TraceError, suggest
 
 
+def is_label(name: str) -> bool:
+    """Whether an input serves the loss only: ``labels``, ``start_positions``, ``end_positions`` and the like."""
+    return "label" in name or name in ("start_positions", "end_positions")
+
+
 @dataclass(frozen=True)
 class Fill:
     """What stands in for an input that was left out: a constant tensor shaped like another input.

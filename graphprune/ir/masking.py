@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from graphprune.errors import SparsityError
+from graphprune.errors import SparsityError, VerifyError
 from graphprune.ir import ops
 from graphprune.ir.program import Program, argument
 from graphprune.sparsity.allocation import Scope, allocate
@@ -122,6 +122,20 @@ def masked_sites(program: Program) -> tuple[MaskedSite, ...]:
             )
         )
     return tuple(found)
+
+
+def check_patterns(program: Program) -> None:
+    """Check that every mask follows its pattern: no unit is pruned in part.
+
+    Raises:
+        VerifyError: One does not, because somebody edited it; names the site.
+    """
+    for site in masked_sites(program):
+        if not site.mask.is_meta and not site.pattern.holds(site.logical_mask):
+            raise VerifyError(
+                f"the mask of {site.name} does not follow its pattern {site.decision.pattern}: some unit is pruned in part; "
+                f"masks are set by a session or a one-shot schedule, not by hand"
+            )
 
 
 def rules_of(sites: Sequence[MaskedSite]) -> dict[int, tuple[MaskedSite, ...]]:

@@ -5,7 +5,7 @@ They have fake rules, so that a Program can be exported again, and gradients, so
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -47,6 +47,42 @@ def _mask_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 _mask.register_autograd(_mask_backward, setup_context=_mask_setup)
+
+
+class _Kept(torch.autograd.Function):
+    """The mask operator for a weight that is zero already where it is pruned: forward does nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, dense_gradient: bool) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.dense_gradient = dense_gradient
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (mask,) = ctx.saved_tensors
+        if not ctx.dense_gradient:
+            grad.mul_(mask.view(torch.uint8))  # nobody else holds it: it comes fresh from a matrix product or a sum
+        return grad, None, None
+
+
+def apply_mask(weight: Tensor, mask: Tensor, dense_gradient: bool = False) -> Tensor:
+    """What a Program runs for the mask operator: the same result, without the product where it is known to change nothing.
+
+    See ``mark_clean``. Saves the time of the product and the memory of a masked copy of every weight.
+    """
+    if torch.compiler.is_compiling() or getattr(mask, "_graphprune_clean", None) != _state(weight, mask):
+        return cast(Tensor, mask_operator(weight, mask, dense_gradient))
+    return _Kept.apply(weight, mask, dense_gradient)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def mark_clean(weight: Tensor, mask: Tensor) -> None:
+    """Remember that ``weight`` is zero wherever ``mask`` is False, until either of them is changed in place or replaced."""
+    mask._graphprune_clean = _state(weight, mask)  # type: ignore[attr-defined]
+
+
+def _state(weight: Tensor, mask: Tensor) -> tuple[int, int, int]:
+    return weight.data_ptr(), weight._version, mask._version
 
 
 @torch.library.custom_op("graphprune::fake_quantize", mutates_args=())
@@ -154,7 +190,7 @@ def _(
     return None
 
 
-mask = torch.ops.graphprune.mask.default
+mask = mask_operator = torch.ops.graphprune.mask.default
 fake_quantize = torch.ops.graphprune.fake_quantize.default
 observe = torch.ops.graphprune.observe.default
 OURS = (mask, fake_quantize, observe)

@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphprune.errors import TraceError, VerifyError, suggest
+from graphprune.ir import ops
 from graphprune.ir.interface import Interface, named_forward
 from graphprune.ir.properties import Property
 
@@ -27,7 +28,7 @@ class Source:
     Attributes:
         model: ``package.module:ClassName`` of the source model.
         factory: ``package.module:function`` that builds the source model, where it has no Hugging Face config.
-        trace: Options of the trace: constants, labels, shapes and dtypes of the example inputs.
+        trace: Options of the trace: constants, and shapes and dtypes of the example inputs.
     """
 
     model: str
@@ -110,7 +111,9 @@ class Program(fx.GraphModule):
         return pytree.tree_unflatten(list(function(self, *tensors.values())), self.interface.output)
 
     def _compile(self, missing: frozenset[str]) -> Callable[..., tuple[object, ...]]:
-        graph = prune_inputs(self, missing) if missing else self._graph
+        graph = prune_inputs(self, missing)
+        for node in graph.find_nodes(op="call_function", target=ops.mask):
+            node.target = ops.apply_mask
         code = graph.python_code(root_module="self")
         scope = dict(code.globals)
         exec(compile(code.src, f"<graphprune {self.name}>", "exec"), scope)

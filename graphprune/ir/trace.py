@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from graphprune.errors import TraceError, suggest
 from graphprune.ir.examples import add_labels, add_optional_inputs, default_inputs
-from graphprune.ir.interface import Fill, Input, Interface
+from graphprune.ir.interface import Fill, Input, Interface, is_label
 from graphprune.ir.normalize import normalize
 from graphprune.ir.parity import check_parity
 from graphprune.ir.program import Program, Source, holder_tree, snake_case, source_signature
@@ -64,7 +64,7 @@ def trace(
         model.train()
         with _buffers_restored(model), _quiet():
             exported = _export(model, inputs, constants, dynamic_shapes)
-        program = _build(model, exported, inputs, fills, constants, factory, labels, dynamic_shapes)
+        program = _build(model, exported, inputs, fills, constants, factory)
         verify(program)
         if check and not any(value.is_meta for value in (*inputs.values(), *model.parameters())):
             check_parity(model, program, {**inputs, **constants})
@@ -104,11 +104,11 @@ def _example(
                 raise TraceError(f"input {name!r} is a {type(value).__name__}; give each tensor an argument of its own")
             elif value is not None:
                 constants.setdefault(name, value)
-    if labels and not any("label" in name or name.endswith("_positions") for name in inputs):
+    if labels and not any(is_label(name) for name in inputs):
         add_labels(model, inputs)
     _check_arguments(model, {**inputs, **constants})
     order = {name: index for index, name in enumerate(source_signature(model))}
-    ordered = sorted(inputs, key=lambda name: ("label" in name or name.endswith("_positions"), order.get(name, 99)))
+    ordered = sorted(inputs, key=lambda name: (is_label(name), order.get(name, 99)))
     return {name: inputs[name].clone() for name in ordered}, fills
 
 
@@ -200,8 +200,6 @@ def _build(
     fills: Mapping[str, Fill],
     constants: Mapping[str, object],
     factory: str | None,
-    labels: bool,
-    dynamic_shapes: Mapping[str, object] | None,
 ) -> Program:
     module: Any = exported.module()
     spec = exported.call_spec.out_spec
@@ -223,10 +221,7 @@ def _build(
     )
     options: dict[str, object] = {
         "inputs": {name: {"shape": list(value.shape), "dtype": str(value.dtype)[6:]} for name, value in inputs.items()},
-        "fills": {name: [fill.like, fill.value] for name, fill in fills.items()},
         "constants": dict(constants),
-        "labels": labels,
-        "static": dynamic_shapes is not None and not dynamic_shapes,
     }
     kind = type(model)
     return Program(

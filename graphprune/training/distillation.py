@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphprune.errors import GraphPruneError
+from graphprune.ir.interface import is_label
 
 _LOGITS = ("logits", "start_logits", "end_logits")
 
@@ -119,9 +120,7 @@ class Distillation:
         was_training = self.teacher.training
         self.teacher.eval()
         try:
-            given = {
-                name: value for name, value in inputs.items() if "label" not in name and not name.endswith("_positions")
-            }
+            given = {name: value for name, value in inputs.items() if not is_label(name)}
             if self.hidden and getattr(self.teacher, "config", None) is not None:
                 return self.teacher(**given, output_hidden_states=True)
             return self.teacher(**given)

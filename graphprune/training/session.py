@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import SparsityError
+from graphprune.ir import ops
 from graphprune.ir.masking import MaskedSite, masked_sites, reached, rules_of, sparsity_of, update_masks
 from graphprune.ir.program import Program
 from graphprune.sparsity.layout import to_logical
@@ -22,6 +23,11 @@ from graphprune.sparsity.schedules import OneShot, Window, window
 from graphprune.training.randomness import random_state, set_random_state
 
 _VERSION = 1
+_ENTRYWISE = (
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
+    torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop,
+)  # fmt: skip
+"""Optimizers whose update of an entry is zero where the entry, its gradient and its moments are zero."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Session:
         self.log = Path(log) if log is not None else None
         self._loss: float | Tensor | None = None
         self._sparsity: float | None = None
+        self._entrywise = type(self.optimizer) in _ENTRYWISE
         sites = masked_sites(self.program)
         if not sites:
             raise SparsityError("the Program has no masks for a session to drive; run insert-masks first")
@@ -230,6 +237,7 @@ class Session:
 
     @torch.no_grad()
     def _before_step(self, optimizer: object, args: object, kwargs: object) -> None:
+        self._watch_gradient()
         sites = [site for rule in self._rules.values() if not rule.locked for site in rule.sites]
         sites = [site for site in sites if site.criterion.needs_gradient and site.weight.requires_grad]
         if not sites:
@@ -251,19 +259,30 @@ class Session:
                 self._scores[site.name], site.logical_weight, grad, site.pattern
             )
 
+    def _watch_gradient(self) -> None:
+        """Notice gradients that somebody changed after the backward pass, one site a step, in turn.
+
+        A zero weight with a zero gradient and zero moments stays zero under an optimizer that works entry by entry. Where
+        that does not hold, pruned weights are set to zero after every step.
+        """
+        site = self._sites[self.step % len(self._sites)]
+        grad = site.weight.grad
+        if self._entrywise and grad is not None and not site.criterion.dense_gradient:
+            self._entrywise = not bool(grad.masked_select(~site.mask).any())
+
     @torch.no_grad()
     def _after_step(self, optimizer: object, args: object, kwargs: object) -> None:
         for rule in self._rules.values():
-            if rule.locked:
-                continue
-            if rule.window.is_update(self.step):
+            if not rule.locked and rule.window.is_update(self.step):
                 progress = rule.window.progress(self.step)
                 target = rule.sites[0].decision.sparsity
                 update_masks(rule.sites, rule.sites[0].schedule.sparsity(progress, rule.initial, target), self._scores)
                 self._zero(rule.sites)
                 self._sparsity = None
-            elif rule.sites[0].criterion.dense_gradient:
+            elif rule.sites[0].criterion.dense_gradient or not self._entrywise:
                 self._zero(rule.sites)
+        for site in self._sites:
+            ops.mark_clean(site.weight, site.mask)
         self._write_log()
         self.step += 1
         if self.step == self.total_steps:
@@ -275,6 +294,7 @@ class Session:
         for site in sites if sites is not None else self._sites:
             kept = site.mask.view(torch.uint8)
             site.weight.mul_(kept)
+            ops.mark_clean(site.weight, site.mask)
             for value in self.optimizer.state.get(site.weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == site.weight.shape:
                     value.mul_(kept)
