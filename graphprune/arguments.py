@@ -36,14 +36,14 @@ def assignments(texts: list[str] | None, option: str) -> dict[str, object]:
     Raises:
         RecipeError: A text is malformed, a name comes twice, or a value is no YAML.
     """
-    import yaml
+    from graphprune.pipeline.recipe import read_value
 
     values: dict[str, object] = {}
     for name, text in pairs(texts, option).items():
         try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{option} {name}={text}: cannot be read as a YAML value") from error
+            values[name] = read_value(text)
+        except RecipeError as error:
+            raise RecipeError(f"{option} {name}: {error}") from None
     return values
 
 

@@ -145,6 +145,18 @@ class Recipe:
         return self.text()
 
 
+def read_value(text: str) -> object:
+    """Read one value as a recipe would: 0.8 is a number, true a bool, 4x1 and 2:4 are texts.
+
+    Raises:
+        RecipeError: It is no YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise RecipeError(f"{text!r} cannot be read as a YAML value") from None
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice and reads numbers as YAML 1.2 does: 2:4 is a text, 1e-3 a number."""
 
