@@ -183,6 +183,8 @@ def transform(
 ) -> None:
     """Trace a model, run passes on it and print the graph. Without passes, the graph as traced.
 
+    What each pass did, and what it left out and why, goes to standard error.
+
     [bold]Examples[/]
 
       graphprune transform ./my-bert -p 'insert-masks{pattern=4x1,sparsity=0.8},insert-fake-quant'
@@ -360,13 +362,13 @@ def _recipe(pipeline: str | None, path: Path | None, variables: Mapping[str, obj
 
 
 def _instruments(steps: Recipe, after: list[str], diff: bool, dump: Path | None) -> list[Instrument]:
-    from graphprune.pipeline.instruments import Diff, Dump, PrintAfter
+    from graphprune.pipeline.instruments import Diff, Dump, PrintAfter, ReportCoverage
 
     names = [step.name for step in steps.passes]
     for name in after:
         if name != "all" and name not in names:
             raise RecipeError(f"--print-after: {name!r} is not in the pipeline{suggest(name, [*names, 'all'])}")
-    found: list[Instrument] = []
+    found: list[Instrument] = [ReportCoverage(_to_stderr)]
     if after:
         found.append(PrintAfter(_to_stderr, frozenset() if "all" in after else frozenset(after)))
     if diff:

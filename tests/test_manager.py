@@ -17,7 +17,7 @@ from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
 from graphprune.passes import FindPrunable, FoldMasks, FreezeQuant, InsertFakeQuant, InsertMasks, RemoveDead
 from graphprune.pipeline.base import Pass, PassResult
-from graphprune.pipeline.instruments import Diff, Dump, PrintAfter, ShowProgress, Timing
+from graphprune.pipeline.instruments import Diff, Dump, PrintAfter, ReportCoverage, ShowProgress, Timing
 from graphprune.pipeline.manager import PassManager, Pipeline
 from graphprune.pipeline.recipe import Recipe
 from graphprune.pipeline.transform import transform
@@ -275,3 +275,11 @@ def test_progress(tmp_path: Path) -> None:
         assert (task.completed, task.description) == (2, "insert-masks")
         progress.console.file.close()
         progress.stop = lambda: None  # type: ignore[method-assign]
+
+
+def test_coverage_is_reported_with_reasons() -> None:
+    lines: list[str] = []
+    text = "insert-masks{pattern=4x1,sparsity=0.5}"
+    transform(MODELS["mlp"](), text, example("mlp"), instruments=[ReportCoverage(lines.append)])
+    assert lines[0].startswith("[0] insert-masks: masks ")
+    assert any(line.startswith("    left out ") and "last layer before the output" in line for line in lines[1:])

@@ -219,6 +219,21 @@ def test_log_has_step_sparsity_and_loss(traced: gp.Program, tmp_path: Path) -> N
     assert entries[-1]["sparsity"] == pytest.approx(0.75, abs=1e-3)
 
 
+def test_a_resumed_run_takes_back_what_a_killed_one_logged(traced: gp.Program, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    program = masked(traced)
+    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
+    session = gp.training.Session(program, optimizer, total_steps=20, log=log)
+    train(program, optimizer, range(5))
+    state = session.state_dict()
+    train(program, optimizer, range(5, 9))
+    session.close()
+    resumed = gp.training.Session(program, optimizer, total_steps=20, log=log)
+    resumed.load_state_dict(state)
+    train(program, optimizer, range(5, 20))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(20))
+
+
 def test_works_through_torch_compile_wrapping(traced: gp.Program) -> None:
     program = masked(traced)
     wrapped = torch.compile(program, backend="eager")

@@ -62,6 +62,31 @@ class Diff:
 
 
 @dataclass
+class ReportCoverage:
+    """Write what each pass did, and every name that it left out with the reason.
+
+    Attributes:
+        write: Takes the text.
+    """
+
+    write: Callable[[str], object]
+
+    def before_pass(self, index: int, step: Pass, program: Program) -> None:
+        """Nothing to do."""
+
+    def after_pass(self, index: int, step: Pass, result: PassResult) -> None:
+        """Write one line for the pass and one for each reason."""
+        done = ", ".join(f"{name} {value}" for name, value in result.stats.items())
+        self.write(f"[{index}] {step.name}: {done or ('changed' if result.changed else 'nothing to do')}")
+        reasons: dict[str, list[str]] = {}
+        for name, reason in result.coverage.left_out.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            self.write(f"    left out {shown}: {reason}")
+
+
+@dataclass
 class Timing:
     """Take the time of each pass, in seconds.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphprune.artifact.files import written
 from graphprune.errors import SparsityError
 from graphprune.ir import ops
 from graphprune.ir.masking import MaskedSite, masked_sites, reached, rules_of, sparsity_of, update_masks
@@ -179,6 +180,7 @@ class Session:
         for name, score in state["scores"].items():
             self._scores[name] = score.clone().to(device[name])
         self.step, self.skipped = int(state["step"]), int(state["skipped"])
+        self._trim_log()
         self._zero()
         if random:
             set_random_state(state["random"])
@@ -311,6 +313,14 @@ class Session:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+    def _trim_log(self) -> None:
+        """Take out of the log what a killed run wrote after the state that is resumed now."""
+        if self.log is None or not self.log.is_file():
+            return
+        lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
+        with written(self.log) as path:
+            path.write_text("".join(lines[: self.step]), encoding="utf-8")
 
     def _check_reached(self) -> None:
         for rule in self._rules.values():
