@@ -10,40 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import TraceError
-from graphprune.ir.examples import default_inputs
 from graphprune.ir.parity import NoDropout
 from graphprune.ir.program import Program
 from graphprune.ir.sites import find_sites
 from graphprune.ir.trace import trace
-from tests.models import HUGGING_FACE, MODELS, PLAIN, example
-from tests.traced import pair, traced
+from tests.models import HUGGING_FACE, MODELS, example
+from tests.traced import assert_same, inputs_of, pair, run, tensors, traced
 
 HF = tuple(HUGGING_FACE)
-
-
-def inputs_of(name: str, model: nn.Module, batch: int = 3, length: int = 5) -> dict[str, Tensor]:
-    """Inputs of another shape than the trace's, by name."""
-    if name in PLAIN:
-        (first,) = example(name) or ()
-        repeated = torch.cat([first, first.flip(0)])[:batch]
-        return {"ids" if name == "tied_embedding" else "x": repeated}
-    return default_inputs(model, batch=batch, length=length)
-
-
-def tensors(output: object) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def assert_same(want: object, have: object, tolerance: float = 1e-5) -> None:
-    left, right = tensors(want), tensors(have)
-    assert len(left) == len(right) > 0
-    for first, second in zip(left, right, strict=True):
-        torch.testing.assert_close(second, first, rtol=tolerance, atol=tolerance * max(1.0, float(first.abs().max())))
-
-
-@torch.no_grad()
-def run(module: nn.Module, inputs: dict[str, Tensor]) -> object:
-    return module(**inputs)
 
 
 # -- every architecture -----------------------------------------------------------------------------------------------
@@ -159,57 +133,6 @@ def test_llama_3_with_grouped_queries() -> None:
     assert sites["model.layers.0.self_attn.k_proj.weight"].shape == (8, 32)
     ids = torch.arange(15).view(3, 5)
     assert_same(run(model, {"input_ids": ids}), run(program, {"input_ids": ids}))
-
-
-# -- dtypes, devices, autocast ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.bfloat16, 5e-2)])
-@pytest.mark.parametrize("name", MODELS)
-def test_to_another_dtype_agrees_with_the_source(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    model, program = pair(name)
-    model.to(dtype)
-    program.to(dtype)
-    inputs = {
-        key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs_of(name, model).items()
-    }
-    if name in (
-        "llama",
-        "t5",
-    ):  # the source normalizes in float32 whatever its weights are; the trace in the weights' dtype
-        tolerance = max(tolerance, 1e-6)
-    want, have = run(model, inputs), run(program, inputs)
-    assert [item.dtype for item in tensors(want)] == [item.dtype for item in tensors(have)]
-    assert_same(want, have, tolerance)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_to_meta_and_run(name: str) -> None:
-    model, program = pair(name)
-    program.to("meta")
-    inputs = {key: value.to("meta") for key, value in inputs_of(name, model).items()}
-    output = tensors(run(program, inputs))
-    assert output
-    assert all(item.is_meta for item in output)
-
-
-@pytest.mark.parametrize("name", ["mlp", "conv_bn", "bert_qa", "gpt2", "llama", "t5", "vit"])
-def test_autocast_runs_and_agrees(name: str) -> None:
-    model, program = pair(name)
-    inputs = inputs_of(name, model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        want, have = run(model, inputs), run(program, inputs)
-    assert_same([item.float() for item in tensors(want)], [item.float() for item in tensors(have)], 5e-2)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", MODELS)
-def test_to_cuda_agrees_with_the_source(name: str) -> None:
-    model, program = pair(name)
-    model.to("cuda")
-    program.to("cuda")
-    inputs = {key: value.to("cuda") for key, value in inputs_of(name, model).items()}
-    assert_same(run(model, inputs), run(program, inputs), 1e-3)
 
 
 # -- modes ------------------------------------------------------------------------------------------------------------

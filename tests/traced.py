@@ -8,11 +8,12 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from graphprune.ir.examples import default_inputs
 from graphprune.ir.program import Program
 from graphprune.ir.trace import trace
 from graphprune.pipeline.manager import PassManager
 from graphprune.pipeline.recipe import Recipe
-from tests.models import MODELS, example
+from tests.models import MODELS, PLAIN, example
 
 
 @functools.cache
@@ -43,3 +44,28 @@ def answer(module: nn.Module, *inputs: Tensor) -> Tensor:
     result = module.eval()(*inputs)
     assert isinstance(result, Tensor)
     return result
+
+
+def inputs_of(name: str, model: nn.Module, batch: int = 3, length: int = 5) -> dict[str, Tensor]:
+    """Inputs of another shape than the trace's, by name."""
+    if name in PLAIN:
+        (first,) = example(name) or ()
+        repeated = torch.cat([first, first.flip(0)])[:batch]
+        return {"ids" if name == "tied_embedding" else "x": repeated}
+    return default_inputs(model, batch=batch, length=length)
+
+
+def tensors(output: object) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def assert_same(want: object, have: object, tolerance: float = 1e-5) -> None:
+    left, right = tensors(want), tensors(have)
+    assert len(left) == len(right) > 0
+    for first, second in zip(left, right, strict=True):
+        torch.testing.assert_close(second, first, rtol=tolerance, atol=tolerance * max(1.0, float(first.abs().max())))
+
+
+@torch.no_grad()
+def run(module: nn.Module, inputs: dict[str, Tensor]) -> object:
+    return module(**inputs)
