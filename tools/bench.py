@@ -80,36 +80,37 @@ def at_most(name: str, ratio: float, goal: float, detail: str) -> Measure:
 
 def bench_passes(layers: int, repeats: int) -> Iterator[Measure]:
     """All passes together against torch.export alone, and their growth with the number of nodes."""
-    cost: dict[int, tuple[float, int]] = {}
-    for count in (max(1, layers // 4), layers):
-        model = bert(count).train()
-        inputs = {
-            "input_ids": torch.ones(2, 8, dtype=torch.int64),
-            "attention_mask": torch.ones(2, 8, dtype=torch.int64),
-        }
-        program = gp.trace(model, inputs, check=False)
-        dynamic = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in inputs}
+    model = bert(layers).train()
+    inputs = {name: torch.ones(2, 8, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    program = gp.trace(model, inputs, check=False)
+    dynamic = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in inputs}
+    spent: list[float] = []
+    export = interleaved(
+        {
+            "export": lambda: torch.export.export(model, (), inputs, dynamic_shapes=dynamic, strict=False),
+            "passes": lambda: spent.append(_pass_seconds(program)),
+        },
+        repeats,
+    )["export"]
+    ratio = statistics.median(spent[1:]) / export
+    yield at_most("passes / torch.export", ratio, 0.15, f"{len(program.graph.nodes)} nodes")
+    costs = []
+    for count in (layers, 4 * layers):  # on the meta device: the graph's work alone, without that on weights
+        with torch.device("meta"):
+            large = gp.trace(
+                bert(count).train(), {name: value.to("meta") for name, value in inputs.items()}, check=False
+            )
+        seconds = statistics.median(_pass_seconds(large) for _ in range(repeats))
+        costs.append((seconds / len(large.graph.nodes), len(large.graph.nodes)))
+    (small, few), (big, many) = costs
+    yield at_most("seconds a node, large / small", big / small, 1.5, f"{few} and {many} nodes, no weights; 1 is linear")
 
-        def run_export(model: nn.Module = model, dynamic: object = dynamic, inputs: object = inputs) -> None:
-            torch.export.export(model, (), inputs, dynamic_shapes=dynamic, strict=False)
 
-        recipe = gp.Recipe.of(PASSES)
-        spent: list[float] = []
-
-        def run_passes(program: gp.Program = program, spent: list[float] = spent, recipe: gp.Recipe = recipe) -> None:
-            timing = Timing()
-            PassManager(recipe.passes, (timing,)).run(copy.deepcopy(program), in_place=True)
-            spent.append(sum(seconds for _, seconds in timing.seconds))
-
-        export = interleaved({"export": run_export, "passes": run_passes}, repeats)["export"]
-        passes = statistics.median(spent[1:])
-        cost[count] = passes, len(program.graph.nodes)
-        if count == layers:
-            yield at_most("passes / torch.export", passes / export, 0.15, f"{len(program.graph.nodes)} nodes")
-    (small, few), (large, many) = cost.values()
-    if few != many:
-        growth = (large / many) / (small / few)
-        yield at_most("seconds a node, large / small", growth, 1.5, f"{few} and {many} nodes; 1 is linear")
+def _pass_seconds(program: gp.Program) -> float:
+    """Seconds of the passes alone, on a copy."""
+    timing = Timing()
+    PassManager(gp.Recipe.of(PASSES).passes, (timing,)).run(copy.deepcopy(program), in_place=True)
+    return sum(seconds for _, seconds in timing.seconds)
 
 
 def _batch() -> dict[str, torch.Tensor]:
