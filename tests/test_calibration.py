@@ -17,7 +17,8 @@ def program() -> gp.Program:
 
 def test_ranges_follow_the_data_and_the_mode_is_kept(program: gp.Program) -> None:
     copied = gp.transform(program)
-    assert gp.training.calibrate(copied, [torch.randn(8, 16) for _ in range(3)]) == 3
+    x = torch.randn(8, 16)
+    assert gp.training.calibrate(copied, [x] * 3) == 3
     assert not copied.training
     assert not copied.observing
     for _, decision in quantizers(copied):
@@ -26,7 +27,6 @@ def test_ranges_follow_the_data_and_the_mode_is_kept(program: gp.Program) -> Non
             if not decision.weight
             else True
         )
-    x = torch.randn(4, 16)
     with torch.no_grad():
         plain = MODELS["mlp"]().eval()(x)
     assert torch.allclose(copied(x), plain, atol=0.1 * float(plain.abs().max()))
