@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import graphprune as gp
+from graphprune.ir.masking import masked_sites
 from tests.models import MODELS, example
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,15 @@ def test_the_loop_of_the_readme_runs(tmp_path: Path) -> None:
     scope = {"model": MODELS["bert_sequence"](), "batches": batches, "__name__": "example"}
     exec(compile(code, "README.md", "exec"), scope)
     assert gp.verify(tmp_path / "out").manifest.sparsity() > 0.79
+
+
+def test_the_recipe_of_the_readme_runs() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    recipe = gp.Recipe.parse(text, sparsity=0.5)
+    assert recipe.target is not None
+    program = gp.transform(MODELS["bert_sequence"](), recipe)
+    assert {site.decision.sparsity for site in masked_sites(program)} == {0.5}
+    assert not any("pooler" in site.name for site in masked_sites(program))
 
 
 def test_every_public_name_is_documented() -> None:
