@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +206,31 @@ def test_a_lowered_model_that_computes_something_else_is_refused(
 def test_unfinished_training_is_not_exported(tmp_path: Path) -> None:
     program = gp.transform(MODELS["bert_qa"]().eval(), "insert-masks")
     with pytest.raises(gp.SparsityError, match="train to the end of"):
+        gp.export(program, "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.contextmanager
+def no_file_over(size: int) -> Iterator[None]:
+    """Let the operating system refuse to write past ``size`` bytes of any file, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 512, 4096, 60_000])
+def test_a_refused_write_is_one_error_and_leaves_nothing(program: gp.Program, tmp_path: Path, size: int) -> None:
+    def save_state(path: Path) -> None:
+        with written(path) as temporary:
+            torch.save(program.state_dict(), temporary)
+
+    for number, write in enumerate((lambda path: gp.save(program, path), save_state)):
+        with pytest.raises(gp.GraphPruneError, match=r"cannot write .*; nothing was left there"), no_file_over(size):
+            write(tmp_path / str(number))
+    with pytest.raises(gp.GraphPruneError, match="cannot write"), no_file_over(size):
         gp.export(program, "onnx", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from graphprune.errors import GraphPruneError
+
+_REFUSED = re.compile(r"os error|PytorchStreamWriter|inline_container|iostream error")
+"""How safetensors and ``torch.save`` say that the operating system refused: they raise no OSError."""
 
 MANIFEST = "manifest.json"
 PROGRAM = "program.json"
@@ -85,9 +91,12 @@ def written_folder(folder: Path | str, *, overwrite: bool = False) -> Iterator[P
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not _REFUSED.search(str(error)):
+            raise  # something else went wrong while the file was open
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise GraphPruneError(
-            f"cannot write {path}: {error.strerror or error}; nothing was left there. Free space or choose another place"
+            f"cannot write {path}: {reason}; nothing was left there. Free space or choose another place"
         ) from error
 
 
