@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow lint types floors bench clean
+.PHONY: setup demo test test-slow lint types floors bench bench-inc clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,9 @@ floors: setup
 
 bench: setup
 	$(BIN)/python tools/bench.py
+
+bench-inc:
+	$(PYTHON) tools/benchmarks/inc_environment.py
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

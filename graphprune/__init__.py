@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from graphprune.artifact.checkpoint import save_program as save
     from graphprune.artifact.export import export
     from graphprune.artifact.inspection import inspect
+    from graphprune.artifact.sensitivity import Sensitivity
+    from graphprune.artifact.sweep import sensitivity
     from graphprune.artifact.verification import verify
     from graphprune.errors import (
         GraphPruneError,
@@ -52,6 +54,7 @@ __all__ = [
     "Property",
     "Recipe",
     "RecipeError",
+    "Sensitivity",
     "SparsityError",
     "Target",
     "TraceError",
@@ -61,6 +64,7 @@ __all__ = [
     "inspect",
     "load",
     "save",
+    "sensitivity",
     "trace",
     "training",
     "transform",
@@ -76,6 +80,7 @@ _HOMES = {
     "Property": "graphprune.ir.properties",
     "Recipe": "graphprune.pipeline.recipe",
     "RecipeError": "graphprune.errors",
+    "Sensitivity": "graphprune.artifact.sensitivity",
     "SparsityError": "graphprune.errors",
     "Target": "graphprune.pipeline.target",
     "TraceError": "graphprune.errors",
@@ -84,6 +89,7 @@ _HOMES = {
     "inspect": "graphprune.artifact.inspection",
     "load": "graphprune.artifact.checkpoint:load_program",
     "save": "graphprune.artifact.checkpoint:save_program",
+    "sensitivity": "graphprune.artifact.sweep",
     "trace": "graphprune.ir.trace",
     "transform": "graphprune.pipeline.transform",
     "verify": "graphprune.artifact.verification",

@@ -47,6 +47,23 @@ def assignments(texts: list[str] | None, option: str) -> dict[str, object]:
     return values
 
 
+def fractions(texts: list[str] | None, option: str) -> tuple[float, ...]:
+    """Numbers separated by commas, in one text or several; the option's name is for messages.
+
+    Raises:
+        RecipeError: One is no number.
+    """
+    found = []
+    for part in (part for text in texts or [] for part in text.split(",")):
+        try:
+            found.append(float(part))
+        except ValueError:
+            raise RecipeError(
+                f"{option}: {part!r} is no number; write fractions with commas between, such as 0.5,0.8"
+            ) from None
+    return tuple(found)
+
+
 def example_inputs(model: nn.Module | Program, texts: list[str] | None) -> Mapping[str, Tensor] | None:
     """Example inputs from ``--input NAME=SHAPE[:DTYPE]``.
 

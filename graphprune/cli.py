@@ -1,4 +1,4 @@
-"""The command line: ``graphprune inspect | transform | export | verify | passes | targets | demo``.
+"""The command line: ``graphprune inspect | sensitivity | prune | transform | export | verify | passes | targets | demo``.
 
 Results go to standard output, everything else to standard error. Exit code 0: done; 2: an error that is explained in
 one message; 130: interrupted. Imports of torch wait until a command needs them, so that ``--help`` is quick.
@@ -6,29 +6,40 @@ one message; 130: interrupted. Imports of torch wait until a command needs them,
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from graphprune.arguments import assignments, example_inputs
+from graphprune.commands_prune import prune
+from graphprune.commands_sensitivity import sensitivity
+from graphprune.console import (
+    AsJson,
+    Exclude,
+    IncludeLast,
+    Inputs,
+    Model,
+    Operators,
+    Select,
+    fail,
+    load,
+    note,
+    quiet_stdout,
+    show,
+    to_stderr,
+)
 from graphprune.errors import GraphPruneError, RecipeError, suggest
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from graphprune.artifact.models import LoadedModel
     from graphprune.pipeline.instruments import Timing
     from graphprune.pipeline.manager import Instrument
     from graphprune.pipeline.recipe import Recipe
-
-_WIDE = 10_000  # columns where output is not a terminal: tables are not folded, so that grep and awk work
 
 
 class _ExplainedGroup(TyperGroup):
@@ -38,12 +49,12 @@ class _ExplainedGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except GraphPruneError as error:
-            _fail(str(error))
+            fail(str(error))
         except BrokenPipeError:
             raise  # the reader of our output went away; click ends quietly
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{where}{error.strerror or error}")
+            fail(f"{where}{error.strerror or error}")
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
@@ -59,24 +70,6 @@ app = typer.Typer(
     help="Make PyTorch and Hugging Face models sparse and small with compiler passes, and prove the result right.",
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="package.module:factory (a function that returns an nn.Module), a folder with config.json with or without "
-        "weights, a config .json, a saved Program, or a Hugging Face hub id.",
-        show_default=False,
-    ),
-]
-Inputs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input",
-        metavar="NAME=SHAPE[:DTYPE]",
-        help="Example input of a model that brings none, such as x=4x16 or ids=4x8:int64; the first size, the batch, "
-        "is 2 or more. Repeat for each input.",
-    ),
-]
 PrintAfter = Annotated[
     list[str] | None,
     typer.Option(metavar="PASS|all", help="Write the graph after this pass to standard error. Repeatable."),
@@ -116,19 +109,12 @@ def _root(
 @app.command()
 def inspect(
     model: Model,
-    select: Annotated[
-        list[str] | None,
-        typer.Option(help="Take only these: a glob over module or weight names, or re: and an expression. Repeatable."),
-    ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Leave these out; same form as --select.")] = None,
-    op: Annotated[
-        list[str] | None, typer.Option(help="Take only this operator: linear, conv2d, ... Repeatable.")
-    ] = None,
-    include_last: Annotated[
-        bool, typer.Option("--include-last", help="Take the last layer before the output too.")
-    ] = False,
+    select: Select = None,
+    exclude: Exclude = None,
+    op: Operators = None,
+    include_last: IncludeLast = False,
     input_: Inputs = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the weights that can be pruned, what each costs, and why the others are left out. Changes nothing.
 
@@ -138,10 +124,10 @@ def inspect(
       graphprune inspect ./llama-70b/config.json --json    (a config is enough: no weights are needed)
       graphprune inspect my_package.models:build --input x=4x16
     """
-    with _quiet_stdout():
+    with quiet_stdout():
         from graphprune.artifact.inspection import inspect as run_inspection
 
-        loaded = _load(model)
+        loaded = load(model)
         found = run_inspection(
             loaded.model,
             example_inputs(loaded.model, input_),
@@ -153,7 +139,11 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
-        _show(found)
+        show(found)
+
+
+app.command()(sensitivity)
+app.command()(prune)
 
 
 @app.command()
@@ -190,7 +180,7 @@ def transform(
       graphprune transform ./my-bert -p 'insert-masks{pattern=4x1,sparsity=0.8},insert-fake-quant'
       graphprune transform ./my-bert --recipe recipe.yaml --set sparsity=0.9 --diff -o pruned/
     """
-    with _quiet_stdout():
+    with quiet_stdout():
         from graphprune.artifact.checkpoint import save_program
         from graphprune.ir.printer import print_program
         from graphprune.pipeline.instruments import Timing
@@ -199,7 +189,7 @@ def transform(
         steps = _recipe(pipeline, recipe, assignments(set_, "--set"))
         timing = Timing()
         instruments = [*_instruments(steps, print_after or [], diff, dump), timing]
-        loaded = _load(model)
+        loaded = load(model)
         program = run_transform(
             loaded.model,
             steps,
@@ -215,7 +205,7 @@ def transform(
             _write_times(timing)
         if out is not None:
             save_program(program, out)
-            _note(f"saved in {out}")
+            note(f"saved in {out}")
     typer.echo(text, nl=False)
 
 
@@ -239,7 +229,7 @@ def export(
 
       graphprune export pruned/ --target onnx -o artifact/ --option opset=18
     """
-    with _quiet_stdout():
+    with quiet_stdout():
         from graphprune.artifact.checkpoint import load_program
         from graphprune.artifact.export import export as run_export
         from graphprune.artifact.models import search_current_directory
@@ -267,11 +257,11 @@ def verify(
 
       graphprune verify artifact/
     """
-    with _quiet_stdout():
+    with quiet_stdout():
         from graphprune.artifact.verification import verify as run_verification
 
         report = run_verification(folder)
-    _show(report)
+    show(report)
 
 
 @app.command()
@@ -279,7 +269,7 @@ def passes() -> None:
     """List the installed passes with their options and defaults, and what they require and establish."""
     from graphprune.tables import passes_table
 
-    _show(passes_table())
+    show(passes_table())
 
 
 @app.command()
@@ -287,7 +277,7 @@ def targets() -> None:
     """List the installed targets, what each does with sparsity and number formats, and its libraries."""
     from graphprune.tables import targets_table
 
-    _show(targets_table())
+    show(targets_table())
 
 
 @app.command()
@@ -311,44 +301,6 @@ def demo(
     run_demo(out, resume=resume, quick=quick, seed=seed, threads=threads)
 
 
-@contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """Send whatever libraries and the user's own code print to standard error; standard output is for results."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
-
-
-def _note(message: str) -> None:
-    typer.echo(f"note: {message}", err=True)
-
-
-def _show(renderable: RenderableType) -> None:
-    """Print for people: fitted to a terminal, uncut elsewhere."""
-    from rich.console import Console
-
-    console = Console(soft_wrap=False)
-    if console.is_terminal:
-        console.print(renderable)
-        return
-    with (wide := Console(width=_WIDE, color_system=None)).capture() as capture:
-        wide.print(renderable)
-    typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
-
-
-def _load(text: str) -> LoadedModel:
-    from graphprune.artifact.models import load_model
-
-    loaded = load_model(text)
-    for note in loaded.notes:
-        _note(f"{text}: {note}")
-    return loaded
-
-
 def _recipe(pipeline: str | None, path: Path | None, variables: Mapping[str, object]) -> Recipe:
     from graphprune.pipeline.recipe import Recipe
 
@@ -368,21 +320,17 @@ def _instruments(steps: Recipe, after: list[str], diff: bool, dump: Path | None)
     for name in after:
         if name != "all" and name not in names:
             raise RecipeError(f"--print-after: {name!r} is not in the pipeline{suggest(name, [*names, 'all'])}")
-    found: list[Instrument] = [ReportCoverage(_to_stderr)]
+    found: list[Instrument] = [ReportCoverage(to_stderr)]
     if after:
-        found.append(PrintAfter(_to_stderr, frozenset() if "all" in after else frozenset(after)))
+        found.append(PrintAfter(to_stderr, frozenset() if "all" in after else frozenset(after)))
     if diff:
-        found.append(Diff(_to_stderr))
+        found.append(Diff(to_stderr))
     if dump is not None:
         found.append(Dump(dump))
     return found
 
 
-def _to_stderr(text: str) -> None:
-    typer.echo(text, err=True)
-
-
 def _write_times(timing: Timing) -> None:
     for name, seconds in timing.seconds:
-        _to_stderr(f"{seconds:9.3f} s  {name}")
-    _to_stderr(f"{sum(seconds for _, seconds in timing.seconds):9.3f} s  all passes")
+        to_stderr(f"{seconds:9.3f} s  {name}")
+    to_stderr(f"{sum(seconds for _, seconds in timing.seconds):9.3f} s  all passes")

@@ -17,9 +17,9 @@ from graphprune.pipeline.text import format_pass
 
 def passes_table() -> Table:
     """Passes by name: options with defaults, properties, and what each does."""
-    table = _table("pass", "does", "options", "requires", "establishes", "destroys")
+    table = _table("pass", "does", "options", "requires", "establishes", "destroys", "forbids")
     for name, cls in known_passes().items():
-        properties = (cls.requires, cls.establishes, cls.destroys)
+        properties = (cls.requires, cls.establishes, cls.destroys, cls.forbids)
         shown = [str(item) if item else "-" for item in properties]
         _add(table, name, _first_line(cls), _options(cls), *shown)
     return table

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from graphprune.errors import SparsityError
-from graphprune.ir.masking import Pruned, check_patterns, masked_sites, reached, rules_of
+from graphprune.ir.gates import fold_gates
+from graphprune.ir.masking import MaskedSite, Pruned, check_patterns, masked_sites, reached, rules_of
 from graphprune.ir.program import Program, argument
 from graphprune.ir.properties import Property
 from graphprune.pipeline.base import Coverage, Pass, PassResult
+from graphprune.sparsity.schedules import OneShot
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,10 @@ class FoldMasks(Pass):
             done, now, target = reached(members)
             if not done and not self.allow_unfinished:
                 raise SparsityError(
-                    f"rule {rule} ({members[0].decision.pattern}) has reached sparsity {now:.4f} of {target}; train to the end of "
-                    f"its schedule, or set allow_unfinished to fold it as it is"
+                    f"rule {rule} ({members[0].decision.pattern}) has reached sparsity {now:.4f} of {target}; "
+                    f"{_advice(members[0])}, or set allow_unfinished to fold it as it is"
                 )
+        fold_gates(program)
         for site in sites:
             with torch.no_grad():
                 site.weight.mul_(site.mask.view(torch.uint8))
@@ -60,3 +63,12 @@ class FoldMasks(Pass):
             stats={"masks-folded": len(sites)},
             coverage=Coverage(tuple(site.name for site in sites)),
         )
+
+
+def _advice(site: MaskedSite) -> str:
+    if isinstance(site.schedule, OneShot) and site.criterion.needs_data:
+        return (
+            f"criterion {site.criterion} needs data to rank the weights: call graphprune.oneshot.prune(program, batches), or "
+            f"train with a session"
+        )
+    return "train to the end of its schedule"

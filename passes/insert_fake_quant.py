@@ -15,6 +15,7 @@ from torch import fx
 
 from graphprune.errors import PassError
 from graphprune.ir import ops
+from graphprune.ir.gates import gated_sites
 from graphprune.ir.masking import MaskedSite, masked_sites
 from graphprune.ir.program import Program, attributes
 from graphprune.ir.properties import Property
@@ -64,11 +65,12 @@ class InsertFakeQuant(Pass):
         nodes = {node.name: node for node in program.graph.nodes}
         weights = attributes(program)
         masks = {item.name: item for item in masked_sites(program)}
+        gated = {item.name for item in gated_sites(program)}
         known = len(activations)
         taken: list[Site] = []
         for site in sites:
             uses = [nodes[use] for use in site.uses]
-            reason = _obstacle(site, uses, done)
+            reason = _obstacle(site, uses, done, gated)
             if reason:
                 left_out[site.name] = reason
                 continue
@@ -113,9 +115,11 @@ class InsertFakeQuant(Pass):
             node.update_arg(position, activations[value])
 
 
-def _obstacle(site: Site, uses: list[fx.Node], done: set[str]) -> str | None:
+def _obstacle(site: Site, uses: list[fx.Node], done: set[str], gated: set[str]) -> str | None:
     if site.name in done:
         return "quantized already"
+    if site.name in gated:
+        return "it has a trainable gate, whose range changes; run fold-masks before insert-fake-quant"
     if any(str(user.target).startswith("aten.batch_norm") for node in uses for user in node.users):
         return "followed by batch normalization; run fold-conv-bn before insert-fake-quant"
     return None

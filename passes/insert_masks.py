@@ -9,37 +9,52 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import fx
-
 from graphprune.errors import SparsityError, suggest
-from graphprune.ir import ops
-from graphprune.ir.masking import Masking, masked_sites, rules_of, sparsity_of, update_masks
-from graphprune.ir.program import Program, attributes
+from graphprune.ir.choosing import update_masks
+from graphprune.ir.gates import insert_gates
+from graphprune.ir.masking import Masking, masked_sites, rules_of, sparsity_of
+from graphprune.ir.placing import Placement, add_masks, coupled, each, share_out
+from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
 from graphprune.ir.selection import Selection, selected_sites
 from graphprune.ir.sites import Site
 from graphprune.pipeline.base import Coverage, Pass, PassResult
 from graphprune.sparsity.criteria import parse_criterion
 from graphprune.sparsity.patterns import parse_pattern
-from graphprune.sparsity.schedules import parse_schedule
+from graphprune.sparsity.regularizers import parse_regularizer
+from graphprune.sparsity.schedules import OneShot, parse_schedule
+from graphprune.sparsity.tiled import Unstructured
+from graphprune.sparsity.windows import check_time
+
+_SCOPES = ("global", "local", "erdos-renyi", "erdos-renyi-kernel")
+_COUPLED = ("head", "neuron")
 
 
 @dataclass(frozen=True)
 class InsertMasks(Pass):
     """Insert mask operators that a training session drives to a sparsity.
 
+    Times are counted in optimizer steps (an int), as a fraction of training (a float below 1), or in epochs ("2 epochs").
+
     Attributes:
-        pattern: Sparsity pattern: ``unstructured``, ``4x1``, ``2:4``, ``channelx1``, ...
+        pattern: Sparsity pattern: ``unstructured``, ``4x1``, ``2:4``, ``channelx1``, ..., or ``head`` and ``neuron``, which prune
+            whole attention heads and feed-forward neurons in all the layers that have a part of them.
         sparsity: Fraction of zeros at the end, in [0, 1).
-        criterion: What ranks the weights: ``snip_momentum``, ``magnitude``, ...
-        schedule: How sparsity grows: ``cubic``, ``linear``, ``exponential``, ``cosine``, ``one-shot``.
-        scope: ``global`` (sites share the budget) or ``local`` (each site gets the sparsity).
-        warm_up: Before the first update: an int counts optimizer steps, a float below 1 is a fraction of training.
-        cool_down: After the last update, likewise.
-        frequency: Optimizer steps between updates.
+        criterion: What ranks the weights: ``snip_momentum``, ``magnitude``, ``movement``, ``obs``, ``wanda``, ...
+        schedule: How sparsity grows: ``cubic``, ``linear``, ``cube``, ``exponential``, ``cosine``, ``one-shot``, ``constant``, ``acdc``.
+        scope: ``global`` (sites share the budget), ``local`` (each site gets the sparsity), ``erdos-renyi`` or
+            ``erdos-renyi-kernel`` (large sites get more).
+        targets: Sparsity of single sites, as ``name=0.7``, the name as in ``select``; the last one that matches counts. Local
+            scope only.
+        warm_up: Time before the first update.
+        cool_down: Time after the last update.
+        end: Time of the last update, in place of ``cool_down``.
+        frequency: Time between updates.
+        progressive: Number of parts in which what an update chose is masked, spread evenly until the next update; 0 masks
+            it at once.
         min_sparsity: Least sparsity of a site.
         max_sparsity: Most sparsity of a site.
+        regularizer: What draws weights towards zero until then: ``none``, ``group_lasso(strength=0.0001)``.
         ragged: Where the pattern does not divide a weight: ``skip`` leaves it dense, ``pad`` lets edge blocks be smaller.
         select: As for ``find-prunable``; where nothing is selected here, the sites that ``find-prunable`` annotated.
         exclude: As for ``find-prunable``.
@@ -55,11 +70,15 @@ class InsertMasks(Pass):
     criterion: str = "snip_momentum"
     schedule: str = "cubic"
     scope: str = "global"
-    warm_up: int | float = 0.05
-    cool_down: int | float = 0.3
-    frequency: int = 10
+    targets: tuple[str, ...] = ()
+    warm_up: int | float | str = 0.05
+    cool_down: int | float | str = 0.3
+    end: int | float | str | None = None
+    frequency: int | float | str = 10
+    progressive: int = 0
     min_sparsity: float = 0.0
     max_sparsity: float = 0.98
+    regularizer: str = "none"
     ragged: str = "skip"
     select: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -67,10 +86,11 @@ class InsertMasks(Pass):
     include_last: bool = False
 
     def __post_init__(self) -> None:
-        parse_pattern(self.pattern)
-        parse_criterion(self.criterion)
+        if self.pattern not in _COUPLED:
+            parse_pattern(self.pattern)
         parse_schedule(self.schedule)
-        for option, known in (("scope", ("global", "local")), ("ragged", ("skip", "pad"))):
+        parse_regularizer(self.regularizer)
+        for option, known in (("scope", _SCOPES), ("ragged", ("skip", "pad"))):
             value = getattr(self, option)
             if value not in known:
                 raise SparsityError(f"{option}={value!r} is unknown{suggest(value, known)}")
@@ -82,84 +102,127 @@ class InsertMasks(Pass):
             )
         if self.min_sparsity > self.sparsity or self.max_sparsity < self.sparsity:
             raise SparsityError(f"sparsity={self.sparsity} lies outside [min_sparsity, max_sparsity]")
-        if self.frequency < 1:
-            raise SparsityError(f"frequency={self.frequency} is below 1 optimizer step")
-        for option in ("warm_up", "cool_down"):
+        self._check_times()
+        self._check_criterion()
+        if self.targets and self.scope != "local":
+            raise SparsityError(f"targets give single sites their sparsity, so they need scope=local, not {self.scope}")
+
+    def _check_times(self) -> None:
+        for option in ("warm_up", "cool_down", "end", "frequency"):
             value = getattr(self, option)
-            if value < 0 or (isinstance(value, float) and value >= 1):
-                raise SparsityError(f"{option}={value} is neither a number of steps nor a fraction below 1 of training")
+            if value is not None:
+                check_time(option, value)
+        if self.frequency in (0, 0.0):
+            raise SparsityError(f"frequency={self.frequency} is below 1 optimizer step")
+        if isinstance(self.end, int) and isinstance(self.warm_up, int) and self.end < self.warm_up:
+            raise SparsityError(f"end={self.end} comes before the first update at step warm_up={self.warm_up}")
+        if self.progressive < 0:
+            raise SparsityError(f"progressive={self.progressive} is negative; 0 masks at once")
+        if self.progressive and self.pattern in ("unstructured", "1x1", *_COUPLED):
+            raise SparsityError(
+                f"progressive prunes units in parts, and pattern {self.pattern} has none to divide; set 0"
+            )
+        if self.progressive and isinstance(self.frequency, int) and self.frequency < self.progressive:
+            raise SparsityError(
+                f"progressive={self.progressive} parts do not fit into frequency={self.frequency} steps between updates; "
+                f"set frequency to at least {self.progressive}, or progressive to 0"
+            )
+
+    def _check_criterion(self) -> None:
+        criterion, schedule = parse_criterion(self.criterion), parse_schedule(self.schedule)
+        if criterion.needs_activations and (not isinstance(schedule, OneShot) or self.scope == "global"):
+            raise SparsityError(
+                f"criterion {criterion} prunes each layer once, by the data that reaches it: it needs schedule=one-shot and "
+                f"scope=local, not schedule={self.schedule} and scope={self.scope}"
+            )
+        if self.progressive and isinstance(schedule, OneShot):
+            raise SparsityError("progressive spreads an update until the next one, and schedule one-shot has only one")
 
     def run(self, program: Program) -> PassResult:
         """Insert one mask a chosen weight."""
         sites, excluded = selected_sites(program, Selection(self.select, self.exclude, self.ops, self.include_last))
-        fitting, left_out = self._fitting(sites)
-        left_out |= {item.name: item.reason for item in excluded}
         already = masked_sites(program)
-        masked = {site.name for site in already}
-        for site in fitting:
-            if site.name in masked:
-                raise SparsityError(
-                    f"{site.name} has a mask already; two rules on one site contradict each other, exclude it in one"
-                )
-        rule = max(rules_of(already), default=-1) + 1
-        weights = attributes(program)
-        for site in fitting:
-            self._insert(program, site, weights[site.name], rule)
-        program.recompile()
-        mine = rules_of(masked_sites(program))[rule]
-        stats: dict[str, int | float] = {"masks": len(fitting), "weights": sum(site.parameters for site in fitting)}
-        if not mine[0].weight.is_meta:
-            stats["sparsity"] = 0.0
-            if self.schedule == "one-shot" and not mine[0].criterion.needs_gradient:
-                update_masks(mine, self.sparsity, {})
-                stats["sparsity"] = round(sparsity_of(mine), 6)
-        return PassResult(program, True, stats, Coverage(tuple(site.name for site in fitting), left_out))
-
-    def _fitting(self, sites: tuple[Site, ...]) -> tuple[list[Site], dict[str, str]]:
-        pattern = parse_pattern(self.pattern)
-        fitting, left_out = [], {}
-        reachable = 0.0
-        for site in sites:
-            misfit = pattern.misfit(site.shape) if self.ragged == "skip" else None
-            if misfit:
-                left_out[site.name] = f"{misfit}; set ragged=pad to prune it with smaller edge blocks"
-            else:
-                fitting.append(site)
-                reachable += pattern.max_sparsity(site.shape) * site.parameters
-        if not fitting:
+        placements, left_out = coupled(program, sites, self.pattern) if self.pattern in _COUPLED else self._fit(sites)
+        self._refuse_twice(placements, {site.name: site.decision for site in already})
+        left_out |= {item.name: item.reason for item in excluded}
+        if not placements:
             raise SparsityError(
-                f"pattern {self.pattern} fits none of {len(sites)} sites: {'; '.join(left_out.values())}"
+                f"pattern {self.pattern} fits none of {len(sites)} sites: {'; '.join(left_out.values()) or 'none found'}"
             )
-        best = reachable / sum(site.parameters for site in fitting)
+        self._check_reachable(placements)
+        shares = share_out(placements, self.scope, self.sparsity, self.targets, self.max_sparsity)
+        rule = max(rules_of(already), default=-1) + 1
+        dense = parse_criterion(self.criterion).dense_gradient
+        add_masks(
+            program,
+            [(item, self._decision(item, share, rule)) for item, share in zip(placements, shares, strict=True)],
+            dense,
+        )
+        mine = rules_of(masked_sites(program))[rule]
+        if mine[0].criterion.gated:
+            insert_gates(program, mine)
+        names = tuple(item.site.name for item in placements)
+        stats: dict[str, int | float] = {
+            "masks": len(names),
+            "weights": sum(item.site.parameters for item in placements),
+        }
+        if not mine[0].weight.is_meta:
+            criterion = mine[0].criterion
+            if isinstance(mine[0].schedule, OneShot) and not criterion.needs_data:
+                stored = {
+                    site.name: criterion.initial(site.pattern, site.shape, device=site.weight.device, name=site.name)
+                    for site in mine
+                }
+                wanted = self.sparsity if shares[0] is None else [site.decision.share or 0.0 for site in mine]
+                update_masks(mine, wanted, stored)
+            stats["sparsity"] = round(sparsity_of(mine), 6)
+        return PassResult(program, True, stats, Coverage(names, left_out))
+
+    def _refuse_twice(self, placements: list[Placement], masked: dict[str, Masking]) -> None:
+        for site in (item.site for item in placements):
+            if site.name in masked:
+                first = masked[site.name]
+                kind = "lock-masks" if first.locked else "insert-masks"
+                raise SparsityError(
+                    f"{site.name} has a mask already, from rule {first.rule} ({kind}, {first.pattern}); rule "
+                    f"{max(item.rule for item in masked.values()) + 1} (insert-masks, {self.pattern}) wants it too: two rules on "
+                    f"one site contradict each other; exclude it in one of them"
+                )
+
+    def _fit(self, sites: tuple[Site, ...]) -> tuple[list[Placement], dict[str, str]]:
+        pattern = parse_pattern(self.pattern)
+        refusal = parse_criterion(self.criterion).refusal(pattern)
+        if refusal:
+            raise SparsityError(refusal)
+        if self.progressive and isinstance(pattern, Unstructured):
+            raise SparsityError("progressive prunes units in parts, and single weights have none; set progressive to 0")
+        return each(sites, pattern, pad=self.ragged == "pad")
+
+    def _check_reachable(self, placements: list[Placement]) -> None:
+        total = sum(item.site.parameters for item in placements)
+        best = sum(item.bound.max_sparsity(item.site.shape) * item.site.parameters for item in placements) / total
         if self.sparsity > best + 1e-9:
             raise SparsityError(f"pattern {self.pattern} cannot reach sparsity {self.sparsity}; its most is {best:.4g}")
-        return fitting, left_out
 
-    def _insert(self, program: Program, site: Site, weight: fx.Node, rule: int) -> None:
-        name = f"{site.name}_mask"
-        program.add_buffer(name, torch.ones_like(program.tensor(site.name), dtype=torch.bool))
-        users = list(weight.users)
-        with program.graph.inserting_after(weight):
-            buffer = program.graph.create_node("get_attr", name)
-        dense = parse_criterion(self.criterion).dense_gradient
-        with program.graph.inserting_before(min(users)):
-            masked = program.graph.call_function(ops.mask, (weight, buffer, dense) if dense else (weight, buffer))
-        buffer.meta["val"] = torch.empty(site.stored_shape, dtype=torch.bool, device="meta")
-        masked.meta = {key: value for key, value in weight.meta.items() if key == "val"}
-        for user in users:
-            user.replace_input_with(weight, masked)
-        decision = Masking(
-            pattern=self.pattern,
+    def _decision(self, item: Placement, share: float | None, rule: int) -> Masking:
+        return Masking(
+            pattern=str(item.pattern),
             sparsity=self.sparsity,
+            share=share,
             rule=rule,
-            layout=site.layout,
+            layout=item.site.layout,
+            groups=item.site.groups,
+            coupling=item.coupling,
+            parts=item.parts,
             criterion=self.criterion,
             schedule=self.schedule,
             scope=self.scope,
             warm_up=self.warm_up,
             cool_down=self.cool_down,
+            end=self.end,
             frequency=self.frequency,
+            progressive=self.progressive,
             min_sparsity=self.min_sparsity,
             max_sparsity=self.max_sparsity,
+            regularizer=self.regularizer,
         )
-        program.annotate(buffer, decision)

@@ -50,7 +50,7 @@ def inference_copy(program: Program, int8: bool) -> Program:
     labels = frozenset(name for name in program.interface.names if is_label(name))
     if labels:
         program.drop_inputs(labels)
-    for node in program.calls(ops.mask, ops.observe):
+    for node in program.calls(ops.mask, ops.observe, ops.gate):
         raise LoweringError(f"{node.target} is left in the graph at {node.name}; run fold-masks and freeze-quant first")
     for node in program.calls(ops.fake_quantize):
         if not int8:

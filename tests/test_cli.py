@@ -191,7 +191,7 @@ def test_an_interrupt_has_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None
     def interrupt(text: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupt)
+    monkeypatch.setattr(cli, "load", interrupt)
     result = run("inspect", *_MLP)
     assert result.exit_code == 130
     assert "Traceback" not in result.output

@@ -104,3 +104,8 @@ def test_a_program_without_masks_is_refused_by_the_manager() -> None:
 @given(allow=st.booleans())
 def test_text_reads_back(allow: bool) -> None:
     assert Recipe.of(str(FoldMasks(allow))).passes == (FoldMasks(allow),)
+
+
+def test_one_shot_without_data_says_where_to_give_it() -> None:
+    with pytest.raises(SparsityError, match=r"criterion snip needs data .* graphprune\.oneshot\.prune"):
+        run_passes(traced("mlp"), "insert-masks{criterion=snip,schedule=one-shot},fold-masks")

@@ -42,7 +42,7 @@ def test_golden_one_shot_on_convolutions(golden: Golden) -> None:
 def test_a_second_rule_on_one_site_is_refused() -> None:
     program = run_passes(traced("mlp"), "insert-masks")
     text = str(program)
-    with pytest.raises(SparsityError, match=r"first\.weight has a mask already; two rules on one site"):
+    with pytest.raises(SparsityError, match=r"first\.weight has a mask already, from rule 0 \(insert-masks, 4x1\); rule 1 .*two rules on one site"):
         InsertMasks().run(program)
     assert str(program) == text
     run_passes(program, "insert-masks{select=head}")
@@ -109,7 +109,7 @@ def test_decision_holds_the_options() -> None:
     )
     decision = masked_sites(program)[0].decision
     assert decision == Masking(
-        "8x1", 0.7, schedule="cubic", scope="local", warm_up=3, cool_down=0.1, frequency=5, criterion="snip_momentum"
+        "8x1", 0.7, 0.7, schedule="cubic", scope="local", warm_up=3, cool_down=0.1, frequency=5, criterion="snip_momentum"
     )
 
 
@@ -187,8 +187,8 @@ def test_what_does_not_divide_is_left_dense_and_reported() -> None:
         ({"min_sparsity": 0.9}, r"sparsity=0.8 lies outside \[min_sparsity, max_sparsity\]"),
         ({"min_sparsity": 0.9, "max_sparsity": 0.5}, r"0 <= min_sparsity \(0.9\) <= max_sparsity \(0.5\)"),
         ({"frequency": 0}, "frequency=0 is below 1"),
-        ({"warm_up": 1.5}, "warm_up=1.5 is neither"),
-        ({"cool_down": -1}, "cool_down=-1 is neither"),
+        ({"warm_up": 1.5}, "warm_up=1.5 is no length of training"),
+        ({"cool_down": -1}, "cool_down=-1 is no length of training"),
     ],
 )
 def test_options_out_of_range(options: dict[str, object], message: str) -> None:

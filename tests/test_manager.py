@@ -146,6 +146,23 @@ def test_the_order_is_checked_before_anything_runs() -> None:
     assert str(program) == text
 
 
+class AnyGraph(Exaggerates):
+    """A pass that can cope with blocks."""
+
+    name = "any-graph"
+    forbids = Property.NONE
+
+
+def test_what_a_pass_forbids_must_not_hold() -> None:
+    flat, blocks = PassManager((Exaggerates(),)), PassManager((AnyGraph(),))
+    with pytest.raises(
+        PassError, match=r"pipeline\[0\].exaggerates cannot run on a Program that is partitioned: put inline-blocks"
+    ):
+        flat.check_order(Property.FUNCTIONAL | Property.PARTITIONED)
+    assert flat.check_order(Property.FUNCTIONAL) == Property.FUNCTIONAL
+    assert blocks.check_order(Property.PARTITIONED) == Property.PARTITIONED
+
+
 def test_properties_are_folded_over_the_pipeline() -> None:
     manager = PassManager((FindPrunable(), MASKS, InsertFakeQuant(), FoldMasks()))
     assert manager.check_order(Property.FUNCTIONAL) == Property.FUNCTIONAL | Property.SITES | Property.FAKE_QUANT

@@ -138,7 +138,7 @@ def test_steps_that_a_gradient_scaler_skips_do_not_count(traced: gp.Program) -> 
         scaler.update()
         optimizer.zero_grad()
     assert session.step == 2
-    assert all(torch.isfinite(score).all() for score in session.state_dict()["scores"].values())
+    assert all(torch.isfinite(score).all() for score in session.state_dict()["rules"][0]["scores"].values())
 
 
 def test_a_step_with_infinite_gradients_is_left_out_of_the_scores_and_counted(traced: gp.Program) -> None:
@@ -148,7 +148,7 @@ def test_a_step_with_infinite_gradients_is_left_out_of_the_scores_and_counted(tr
     (program(batch(0)).sum() * float("inf")).backward()
     optimizer.step()
     assert session.skipped == 1
-    assert all(torch.isfinite(score).all() for score in session.state_dict()["scores"].values())
+    assert all(torch.isfinite(score).all() for score in session.state_dict()["rules"][0]["scores"].values())
 
 
 def test_magnitude_needs_no_gradient(traced: gp.Program) -> None:
@@ -157,7 +157,7 @@ def test_magnitude_needs_no_gradient(traced: gp.Program) -> None:
     session = gp.training.Session(program, optimizer, total_steps=20)
     train(program, optimizer, range(20))
     assert session.done
-    assert session.state_dict()["scores"] == {}
+    assert session.state_dict()["rules"][0]["scores"] == {}
 
 
 @pytest.mark.parametrize("scope", ["global", "local"])
@@ -380,3 +380,74 @@ class TestZerosStay:
         train(program, optimizer, range(20))
         assert session.done
         assert all((site.weight[~site.mask] == 0).all() for site in masked_sites(program))
+
+
+def test_an_average_of_weights_keeps_the_masks(traced: gp.Program) -> None:
+    program = masked(traced)
+    optimizer = torch.optim.AdamW(program.parameters(), lr=0.05)
+    session = gp.training.Session(program, optimizer, total_steps=20)
+    average = torch.optim.swa_utils.AveragedModel(program, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    for step in range(20):
+        train(program, optimizer, range(step, step + 1))
+        average.update_parameters(program)
+    assert session.done
+    shadow = average.module
+    assert isinstance(shadow, gp.Program)
+    for mine, theirs in zip(masked_sites(program), masked_sites(shadow), strict=True):
+        assert torch.equal(mine.mask, theirs.mask)
+        assert (theirs.weight[~theirs.mask] != 0).any()  # the average still remembers them ...
+    folded = gp.transform(shadow, "fold-masks")
+    torch.testing.assert_close(folded.eval()(batch(0)), shadow.eval()(batch(0)), rtol=0, atol=0)
+    for site in masked_sites(program):
+        assert (folded.get_parameter(site.name)[~site.mask] == 0).all()  # ... and what is used of it does not
+
+
+@pytest.mark.parametrize("criterion", ["snip_momentum", "movement"])
+def test_clipped_gradients(traced: gp.Program, criterion: str) -> None:
+    program = masked(traced, f"{PIPELINE[:-1]},criterion={criterion}}}")
+    optimizer = torch.optim.SGD(program.parameters(), lr=0.1, momentum=0.9)
+    session = gp.training.Session(program, optimizer, total_steps=20)
+    for step in range(20):
+        program(batch(step)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(program.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert session.done
+    assert all((site.weight[~site.mask] == 0).all() for site in masked_sites(program))
+
+
+def test_recomputed_blocks_train_to_the_same_masks() -> None:
+    from tests.blocked import Stack
+
+    found = []
+    for blocks in ("", ",partition-blocks", ",partition-blocks{checkpoint=true}"):
+        torch.manual_seed(0)
+        program = gp.transform(gp.trace(Stack().train(), torch.randn(4, 8)), PIPELINE + blocks)
+        optimizer = torch.optim.AdamW(program.parameters(), lr=0.05)
+        session = gp.training.Session(program, optimizer, total_steps=20)
+        for step in range(20):
+            program(batch(step)[:, :8]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert session.done
+        found.append(program.state_dict())
+    for other in found[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
+
+
+def test_a_state_that_does_not_fit_is_refused(traced: gp.Program) -> None:
+    program = masked(traced)
+    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
+    session = gp.training.Session(program, optimizer, total_steps=20)
+    good = session.state_dict()
+    mask = good["masks"]["first.weight"]
+    for change, message in (
+        ({"version": 1}, "version 1"),
+        ({"total_steps": 21}, "schedule would jump"),
+        ({"masks": {**good["masks"], "first.weight": mask[:, :4]}}, r"first\.weight has shape \(32, 4\)"),
+        ({"masks": {name: value for name, value in good["masks"].items() if name != "first.weight"}}, "first.weight"),
+        ({"rules": {}}, "same recipe"),
+    ):
+        with pytest.raises(gp.GraphPruneError, match=message):
+            session.load_state_dict({**good, **change})
+    session.load_state_dict(good)

@@ -100,6 +100,18 @@ def test_local_gives_every_site_its_share(sites, sparsity, size):
         assert as_set([mask]) == set(order_of([values])[: int(mask.sum())])
 
 
+@given(SITES, st.data(), st.integers(1, 4))
+def test_every_site_has_its_own_target(sites, data, size):
+    targets = data.draw(st.lists(st.floats(0, 1), min_size=len(sites), max_size=len(sites)))
+    weights = [size * len(values) for values in sites]
+    masks = allocate(
+        [torch.tensor(v) for v in sites], [size] * len(sites), weights, targets, scope=Scope.LOCAL, max_sparsity=1.0
+    )
+    for values, mask, target in zip(sites, masks, targets, strict=True):
+        assert abs(int(mask.sum()) - target * len(values)) <= 0.5 + 1e-9
+        assert as_set([mask]) == set(order_of([values])[: int(mask.sum())])
+
+
 @given(st.integers(0, 2**16), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_bounds_hold_and_the_budget_is_kept(seed, sparsity, first, second):
     least, most = sorted((first, second))
@@ -202,6 +214,14 @@ def test_refusals():
         allocate(one, [1], [10], 0.5, max_sparsity=0.3, min_sparsity=0.4)
     with pytest.raises(SparsityError, match="give one each"):
         allocate(one, [1], [10, 10], 0.5)
+    with pytest.raises(SparsityError, match=r"needs scope 'local', not 'global'"):
+        allocate(one, [1], [10], [0.5])
+    with pytest.raises(SparsityError, match=r"over 1 sites got 2 sparsities; give one each"):
+        allocate(one, [1], [10], [0.5, 0.5], scope=Scope.LOCAL)
+    with pytest.raises(SparsityError, match=r"fc: sparsity=80\.0 is not in"):
+        allocate(one, [1], [10], [80], scope=Scope.LOCAL, names=["fc"])
+    with pytest.raises(SparsityError, match=r"fc: sparsity 0.99 is out of reach: at most 0.98"):
+        allocate([*one, *one], [1, 1], [10, 10], [0.5, 0.99], scope=Scope.LOCAL, names=["query", "fc"])
     with pytest.raises(SparsityError, match="unit sizes of shape"):
         allocate(one, [torch.ones(3, dtype=torch.int64)], [10], 0.5)
     with pytest.raises(SparsityError, match="negative"):
@@ -217,3 +237,4 @@ def test_nothing_and_everything():
     assert as_set(allocate(scores, [1, 1], [4, 6], 0.0)) == set()
     assert len(as_set(allocate(scores, [1, 1], [4, 6], 1.0, max_sparsity=1.0))) == 10
     assert allocate([], [], [], 0.5) == []
+    assert allocate([], [], [], [], scope=Scope.LOCAL) == []

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphprune.errors import SparsityError
-from graphprune.sparsity import CRITERIA, Magnitude, SnipMomentum, criteria, parse_criterion, parse_pattern
+from graphprune.sparsity import CRITERIA, Magnitude, SnipMomentum, parse_criterion, parse_pattern
 
 PATTERNS = ["unstructured", "4x1", "3x2", "2:4", "channelx1", "1xchannel"]
 
@@ -17,7 +17,7 @@ PATTERNS = ["unstructured", "4x1", "3x2", "2:4", "channelx1", "1xchannel"]
 @pytest.mark.parametrize("chunk", [1, 20, 1 << 18])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_snip_momentum_formula(text, chunk, transposed, monkeypatch):
-    monkeypatch.setattr(criteria, "CHUNK", chunk)
+    monkeypatch.setattr("graphprune.sparsity.criterion.CHUNK", chunk)
     torch.manual_seed(0)
     pattern, criterion = parse_pattern(text), SnipMomentum()
     weights, grads = torch.randn(3, 10, 7), torch.randn(3, 10, 7)
@@ -38,7 +38,7 @@ def test_snip_momentum_formula(text, chunk, transposed, monkeypatch):
 @pytest.mark.parametrize("text", PATTERNS)
 @pytest.mark.parametrize("chunk", [1, 1 << 18])
 def test_magnitude_formula(text, chunk, monkeypatch):
-    monkeypatch.setattr(criteria, "CHUNK", chunk)
+    monkeypatch.setattr("graphprune.sparsity.criterion.CHUNK", chunk)
     torch.manual_seed(0)
     pattern, weight = parse_pattern(text), torch.randn(10, 7, requires_grad=True)
     scores = Magnitude().scores(None, weight, pattern)

@@ -24,7 +24,7 @@ TILED = st.one_of(
     st.just(Unstructured()),
     st.builds(Block, st.integers(2, 6), st.integers(1, 5)),
     st.builds(Block, st.just(1), st.integers(2, 5)),
-    st.builds(Channel, st.integers(0, 1)),
+    st.builds(Channel, st.integers(0, 1), st.integers(1, 4)),
 )
 GROUPED = st.integers(1, 5).flatmap(lambda n: st.builds(NM, st.just(n), st.integers(n + 1, 9)))
 PATTERNS = st.one_of(TILED, GROUPED)
@@ -44,7 +44,7 @@ def blocks_of(pattern, shape):
     rows, columns = {Unstructured: (1, 1)}.get(type(pattern)) or (
         (pattern.rows, pattern.columns)
         if isinstance(pattern, Block)
-        else ((1, shape[1]) if pattern.axis == 0 else (shape[0], 1))
+        else ((pattern.width, shape[1]) if pattern.axis == 0 else (shape[0], pattern.width))
     )
     return [
         (slice(r, min(r + rows, shape[0])), slice(c, min(c + columns, shape[1])))

@@ -111,10 +111,10 @@ def export(
 
 
 def _legalize(program: Program, target: Target) -> Program:
-    """A copy in eval mode on the CPU, after the target's passes; those that find nothing to do are left out."""
+    """A flat copy in eval mode on the CPU, after the target's passes; those that find nothing to do are left out."""
     legal = copy.deepcopy(program).to("cpu")
     legal.eval()
-    for step in Recipe.of(list(target.legalize)).passes:
+    for step in Recipe.of(["inline-blocks", *target.legalize]).passes:
         if not step.requires & ~legal.properties and not step.establishes & legal.properties:
             legal = PassManager((step,)).run(legal, in_place=True).program
     return legal
@@ -133,7 +133,7 @@ def _measure_sites(program: Program, target: Target, folder: Path) -> list[SiteE
         decision: Masking | Pruned | None = record or masks.get(site.name)
         pruned = (to_logical(program.tensor(site.name).detach(), site.layout) == 0).numpy()
         pattern = decision.pattern if decision is not None else None
-        entries.append(measure_site(site.name, site.layout.value, pattern, stored[site.name], pruned))
+        entries.append(measure_site(site, pattern, stored[site.name], pruned))
     return entries
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from graphprune.ir import ops as custom_ops
 from graphprune.ir.examples import default_inputs
 from graphprune.ir.program import Program
+from graphprune.ir.properties import Property
 from graphprune.ir.selection import Selection
 from graphprune.ir.sites import Excluded, Site
 from graphprune.ir.trace import trace
@@ -184,6 +185,7 @@ def inspect(
     tried = {text: parse_pattern(text) for text in patterns}
     selection = Selection(tuple(select), tuple(exclude), tuple(ops), include_last)
     program = model if isinstance(model, Program) else _trace_static(model, example_inputs, constants)
+    program = _flat(program)
     chosen, excluded = selection.split(program)
     zeros = _count_zeros(program, chosen)
     sites = tuple(_inspected(site, zeros[site.name], tried) for site in chosen)
@@ -198,6 +200,13 @@ def inspect(
         sparsity=sum(known) / prunable if prunable and len(known) == len(sites) else None,
     )
     return Inspection(program.name, _input_shapes(program), sites, excluded, totals)
+
+
+def _flat(program: Program) -> Program:
+    """The Program itself, or where it is partitioned one that shares its parameters and has a flat graph, to look at only."""
+    if Property.PARTITIONED not in program.properties:
+        return program
+    return Program(program, program.flat_graph(), name=program.name, interface=program.interface, source=program.source)
 
 
 @torch.no_grad()
@@ -225,7 +234,7 @@ def _inspected(site: Site, zeros: int | None, tried: Mapping[str, Pattern]) -> I
         parameters=site.parameters,
         macs=site.macs,
         sparsity=None if zeros is None else zeros / max(site.parameters, 1),
-        patterns=tuple(text for text, pattern in tried.items() if pattern.misfit(site.shape) is None),
+        patterns=tuple(text for text, pattern in tried.items() if pattern.bound(kernel=site.kernel, groups=site.groups).misfit(site.shape) is None),
     )
 
 

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from graphprune.artifact.files import MANIFEST
 from graphprune.errors import VerifyError
+from graphprune.sparsity.pattern_base import Pattern
+from graphprune.sparsity.patterns import parse_pattern
 
 FORMAT = 1
 
@@ -45,6 +47,8 @@ class SiteEntry(_Entry):
         pattern_holds: The stored zeros hold every unit that the Program had pruned; None without a pattern.
         zeros_at_zero_point: Every weight that is zero in the Program is stored as zero (as its zero-point, if quantized).
         stored: Number format in the file, such as ``float32`` or ``int8``.
+        kernel: Kernel positions of a convolution; with ``groups`` it says where the channels of the logical matrix lie.
+        groups: Groups of a convolution.
     """
 
     name: str
@@ -57,6 +61,13 @@ class SiteEntry(_Entry):
     pattern_holds: bool | None
     zeros_at_zero_point: bool
     stored: str
+    kernel: int = 1
+    groups: int = 1
+
+    @property
+    def bound_pattern(self) -> Pattern | None:
+        """The pattern for the geometry of this weight, if it was pruned."""
+        return None if self.pattern is None else parse_pattern(self.pattern).bound(kernel=self.kernel, groups=self.groups)
 
 
 class Parity(_Entry):

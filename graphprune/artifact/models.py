@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,12 @@ def search_current_directory() -> str:
     return here
 
 
-def _from_factory(text: str) -> LoadedModel:
+def find_object(text: str) -> Any:
+    """Import what ``package.module:name`` names; the current directory is searched too.
+
+    Raises:
+        GraphPruneError: There is no such module or name (with close matches), or importing the module failed.
+    """
     module_name, _, name = text.partition(":")
     here = search_current_directory()
     try:
@@ -92,13 +98,38 @@ def _from_factory(text: str) -> LoadedModel:
         ) from error
     except Exception as error:  # a user's module may raise anything when it is imported
         raise GraphPruneError(f"{text}: importing {module_name} failed with {type(error).__name__}: {error}") from error
-    factory: Any = module
+    value: Any = module
     for part in name.split("."):
-        if not hasattr(factory, part):
-            own = [key for key, value in vars(factory).items() if getattr(value, "__module__", "") == module_name]
-            known = [key for key in own if callable(getattr(factory, key)) and not key.startswith("_")]
+        if not hasattr(value, part):
+            own = [key for key, item in vars(value).items() if getattr(item, "__module__", "") == module_name]
+            known = [key for key in own if callable(getattr(value, key)) and not key.startswith("_")]
             raise GraphPruneError(f"{text}: {module_name} has no {part!r}{suggest(part, known)}")
-        factory = getattr(factory, part)
+        value = getattr(value, part)
+    return value
+
+
+def find_function(text: str, purpose: str) -> Callable[..., Any]:
+    """Import the function that ``package.module:function`` names.
+
+    Args:
+        text: The text.
+        purpose: What the function must do, for messages, such as ``takes a Program and returns a number``.
+
+    Raises:
+        GraphPruneError: The text is malformed, or names nothing or no function.
+    """
+    if not _FACTORY.fullmatch(text):
+        raise GraphPruneError(f"{text} is not of the form package.module:function")
+    value = find_object(text)
+    if not callable(value) or isinstance(value, (nn.Module, type)):
+        raise GraphPruneError(f"{text} is a {type(value).__name__}, not a function that {purpose}")
+    function: Callable[..., Any] = value
+    return function
+
+
+def _from_factory(text: str) -> LoadedModel:
+    factory = find_object(text)
+    name = text.partition(":")[2]
     if isinstance(factory, nn.Module):
         raise GraphPruneError(f"{text} is a model, not a function; write one: def build(): return {name}")
     if not callable(factory):
@@ -142,10 +173,10 @@ def _from_hub(name: str) -> LoadedModel:
 
 def _without_weights(config_path: Path) -> LoadedModel:
     try:
-        config = _read_config(str(config_path), str(config_path))
+        config = read_config(str(config_path), str(config_path))
     except OSError as error:
         raise GraphPruneError(f"{config_path} cannot be read: {_first_line(error)}") from error
-    kind, notes = _class_of(config)
+    kind, notes = class_of(config)
     try:
         with torch.device("meta"):
             model = kind(config) if kind.__name__ != "AutoModel" else kind.from_config(config)
@@ -155,8 +186,8 @@ def _without_weights(config_path: Path) -> LoadedModel:
 
 
 def _with_weights(name: str, where: str) -> LoadedModel:
-    config = _read_config(name, where)
-    kind, notes = _class_of(config)
+    config = read_config(name, where)
+    kind, notes = class_of(config)
     try:
         model, info = kind.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except OSError:
@@ -170,7 +201,17 @@ def _with_weights(name: str, where: str) -> LoadedModel:
     return LoadedModel(model.eval(), notes=notes)
 
 
-def _read_config(name: str, where: str) -> Any:
+def read_config(name: str, where: str) -> Any:
+    """Read a Hugging Face config.
+
+    Args:
+        name: Folder, path of a config file, or hub id.
+        where: How messages call it; where it is a file, its form is checked first.
+
+    Raises:
+        GraphPruneError: It is no config that transformers knows.
+        OSError: It is not there.
+    """
     from transformers import AutoConfig
 
     _check_json(Path(where))
@@ -197,7 +238,7 @@ def _check_json(path: Path) -> None:
         raise GraphPruneError(f"{path} is no Hugging Face config: it has no model_type")
 
 
-def _class_of(config: Any) -> tuple[Any, tuple[str, ...]]:
+def class_of(config: Any) -> tuple[Any, tuple[str, ...]]:
     """The class that the config asks for, and a note where it asks for none that transformers has."""
     import transformers
 

@@ -15,9 +15,11 @@ from graphprune.artifact.files import MANIFEST, sha256
 from graphprune.artifact.manifest import Manifest, Parity, SiteEntry, digest_of_zeros
 from graphprune.artifact.samples import Arrays, read_samples
 from graphprune.errors import VerifyError
+from graphprune.ir.sites import Site
 from graphprune.pipeline.registry import make_target
 from graphprune.pipeline.target import StoredWeight, Target
 from graphprune.sparsity.grouped import NM
+from graphprune.sparsity.pattern_base import Pattern
 from graphprune.sparsity.patterns import parse_pattern
 
 
@@ -120,7 +122,7 @@ def _check_sites(target: Target, folder: Path, manifest: Manifest) -> Check:
             problems.append(f"{site.name} is not in the file")
             continue
         zeros = stored[site.name].zeros
-        measured = measure(zeros, site.pattern)
+        measured = measure(zeros, site.bound_pattern)
         if abs(measured - site.sparsity) > 1e-12 or int(zeros.sum()) != site.zeros:
             problems.append(f"{site.name}: measured sparsity {measured:.6f}, stated {site.sparsity:.6f}")
         elif digest_of_zeros(zeros) != site.zeros_sha256:
@@ -145,19 +147,18 @@ def _check_parity(target: Target, folder: Path, manifest: Manifest) -> Check:
     return Check("parity", measured.max_abs <= manifest.parity.tolerance, detail)
 
 
-def measure(zeros: np.ndarray, pattern: str | None) -> float:
+def measure(zeros: np.ndarray, pattern: Pattern | None) -> float:
     """Fraction of weights in fully pruned units of a pattern; of zeros, where there is none."""
     if pattern is None:
         return float(zeros.mean())
-    return parse_pattern(pattern).pattern_sparsity(torch.from_numpy(zeros))
+    return pattern.pattern_sparsity(torch.from_numpy(zeros))
 
 
-def measure_site(name: str, layout: str, pattern: str | None, weight: StoredWeight, pruned: np.ndarray) -> SiteEntry:
+def measure_site(site: Site, pattern: str | None, weight: StoredWeight, pruned: np.ndarray) -> SiteEntry:
     """Describe one stored weight.
 
     Args:
-        name: The site.
-        layout: How the source stores it.
+        site: The site.
         pattern: Text of its sparsity pattern, if it was pruned.
         weight: As read from the lowered file.
         pruned: Bool ``[out, in * kernel]``: where the Program's weight is zero.
@@ -165,17 +166,19 @@ def measure_site(name: str, layout: str, pattern: str | None, weight: StoredWeig
     zeros = weight.zeros
     kept = bool((zeros | ~pruned).all()) if zeros.shape == pruned.shape else False
     holds = None
-    if pattern is not None:
-        rule = parse_pattern(pattern)
-        holds = measure(zeros, pattern) >= rule.pattern_sparsity(torch.from_numpy(pruned)) - 1e-12
+    rule = None if pattern is None else parse_pattern(pattern).bound(kernel=site.kernel, groups=site.groups)
+    if rule is not None:
+        holds = measure(zeros, rule) >= rule.pattern_sparsity(torch.from_numpy(pruned)) - 1e-12
         if isinstance(rule, NM):
             holds = holds and rule.holds(torch.from_numpy(~zeros | ~pruned))
     return SiteEntry(
-        name=name,
-        layout=layout,
+        name=site.name,
+        layout=site.layout.value,
+        kernel=site.kernel,
+        groups=site.groups,
         weights=int(zeros.size),
         pattern=pattern,
-        sparsity=measure(zeros, pattern),
+        sparsity=measure(zeros, rule),
         zeros=int(zeros.sum()),
         zeros_sha256=digest_of_zeros(zeros),
         pattern_holds=holds,

@@ -63,12 +63,12 @@ def add_optional_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str
     """Add the masks and type ids that a model takes, where leaving them out means the same as a constant.
 
     Args:
-        model: The source, in eval mode. It is run once for each candidate.
+        model: The source, in eval mode. It is run once for each candidate, unless it is on the meta device.
         inputs: Example inputs so far; mutated.
 
     Returns:
         The constants that stand for the added inputs when a caller leaves them out, by name. Only inputs for which the
-        model's outputs were equal with and without the constant are added.
+        model's outputs were equal with and without the constant are added (on the meta device, those where that is usual).
     """
     fills: dict[str, Fill] = {}
     signature = source_signature(model)
@@ -77,15 +77,21 @@ def add_optional_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str
         if name in inputs or name not in signature or like not in inputs:
             continue
         extended = {**inputs, name: torch.full_like(inputs[like], value)}
-        if _same_outputs(model, inputs, extended):
+        if _same_outputs(model, inputs, extended) if device_of(model).type != "meta" else _is_usual(model, name):
             inputs.update(extended)
             fills[name] = Fill(like, value)
     return fills
 
 
+def _is_usual(model: nn.Module, name: str) -> bool:
+    """Whether the constant is what the input's absence means, by the config: no outputs can be compared without weights.
+
+    A mask of ones is no mask. Type ids have an embedding of their own where the config says so; GPT-2 takes them for tokens.
+    """
+    return name != "token_type_ids" or bool(getattr(getattr(model, "config", None), "type_vocab_size", 0))
+
+
 def _same_outputs(model: nn.Module, left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    if device_of(model).type == "meta":
-        return True
     with torch.no_grad():
         try:
             first, second = _tensors(model(**left)), _tensors(model(**right))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import PassError
+from graphprune.ir.gate_operators import gate as gate
+from graphprune.ir.gate_operators import noise as noise
 from graphprune.quant.affine import choose_qparams
 from graphprune.quant.observers import MovingAverageMinMax
 from graphprune.quant.schemes import parse_scheme
@@ -193,4 +195,4 @@ def _(
 mask = mask_operator = torch.ops.graphprune.mask.default
 fake_quantize = torch.ops.graphprune.fake_quantize.default
 observe = torch.ops.graphprune.observe.default
-OURS = (mask, fake_quantize, observe)
+OURS = (mask, fake_quantize, observe, gate, noise)

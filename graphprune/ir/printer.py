@@ -4,7 +4,9 @@ Grammar (EBNF; ``NAME`` is a dotted name, ``INT`` and ``FLOAT`` are Python liter
 
     program  = "graph" "@" NAME "(" [input {"," input}] ")" "[" [property {"," property}] "]" "{" {line} "}"
     input    = "%" NAME ":" type
-    line     = "%" value [":" type] "=" right | "return" argument {"," argument}
+    line     = "%" value [":" type] "=" right | block | "return" argument {"," argument}
+    block    = result {"," result} "=" "block" "@" NAME "(" [argument {"," argument}] ")" ["[" "checkpoint" "]"] "{" {line} "}"
+    result   = "%" value [":" type]
     value    = NAME (a parameter, buffer or input) | INT (any other node, numbered from 0)
     right    = ("param" | "buffer" | "mode") [facts] | NAME "(" [argument {"," argument}] ")" [facts]
     argument = "%" value | [NAME "="] literal | "[" [argument {"," argument}] "]"
@@ -12,17 +14,19 @@ Grammar (EBNF; ``NAME`` is a dotted name, ``INT`` and ``FLOAT`` are Python liter
     size     = INT | NAME | expression of both
     facts    = "{" NAME "=" literal {"," NAME "=" literal} "}"
 
-Bool buffers state how many entries are True as ``nnz=kept/all``.
+Bool buffers state how many entries are True as ``nnz=kept/all``. The lines of a block are those of its own graph; inside, its
+inputs have the names that they have outside, and its last line returns what it gives out, in the order of its results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 import torch
 from torch import Tensor, fx
 
+from graphprune.ir.blocks import FLAGS, is_result, placeholders, results
 from graphprune.ir.program import META, Program
 
 _DTYPES = {
@@ -45,44 +49,89 @@ def print_program(program: Program) -> str:
     return _Printer(program).text()
 
 
+def numbered_lines(program: Program) -> list[tuple[fx.Node | None, str]]:
+    """The lines of the text form, each with the node that it shows; None for heads and closing braces."""
+    return list(_Printer(program).lines())
+
+
 class _Printer:
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.blocks = program.blocks
         self.sizes = {}
-        for item, node in zip(program.interface.inputs, _placeholders(program), strict=True):
+        for item, node in zip(program.interface.inputs, placeholders(program.graph), strict=True):
             for size, name in zip(node.meta["val"].shape, item.shape, strict=True):
                 if isinstance(name, str):
                     self.sizes[str(size)] = name
         self.names: dict[fx.Node, str] = {}
-        count = 0
-        for node in program.graph.nodes:
+        self.count = 0
+        self._name(program.graph)
+
+    def _name(self, graph: fx.Graph) -> None:
+        for node in graph.nodes:
             if node.op in ("get_attr", "placeholder"):
-                self.names[node] = f"%{node.target}"
-            elif node.op != "output":
-                self.names[node] = f"%{count}"
-                count += 1
+                self.names.setdefault(node, f"%{node.target}")
+            elif node.op == "call_module":
+                block = self.blocks[str(node.target)]
+                self.names.update(
+                    zip(placeholders(block.graph), (self.names[item] for item in node.all_input_nodes), strict=True)
+                )
+                self._name(block.graph)
+                several = len(results(block.graph)) > 1
+                for item in [user for user in node.users if is_result(user)] if several else [node]:
+                    self._number(item)
+            elif node.op != "output" and node not in self.names:
+                self._number(node)
+
+    def _number(self, node: fx.Node) -> None:
+        self.names[node] = f"%{self.count}"
+        self.count += 1
 
     def text(self) -> str:
+        return "\n".join([*(line for _, line in self.lines()), ""])
+
+    def lines(self) -> Iterator[tuple[fx.Node | None, str]]:
         inputs = ", ".join(
-            f"%{node.target}: {self.type_of(node.meta.get('val'))}" for node in _placeholders(self.program)
+            f"%{node.target}: {self.type_of(node.meta.get('val'))}" for node in placeholders(self.program.graph)
         )
-        head = f"graph @{self.program.name}({inputs}) [{self.program.properties}] {{"
-        body = [f"  {self.line(node)}" for node in self.program.graph.nodes if node.op != "placeholder"]
-        return "\n".join([head, *body, "}", ""])
+        yield None, f"graph @{self.program.name}({inputs}) [{self.program.properties}] {{"
+        yield from self._body(self.program.graph, "  ")
+        yield None, "}"
+
+    def _body(self, graph: fx.Graph, indent: str) -> Iterator[tuple[fx.Node | None, str]]:
+        for node in graph.nodes:
+            if node.op == "call_module":
+                yield node, f"{indent}{self._block_head(node)}"
+                yield from self._body(self.blocks[str(node.target)].graph, f"{indent}  ")
+                yield None, f"{indent}}}"
+            elif node.op != "placeholder" and not is_result(node):
+                yield node, f"{indent}{self.line(node)}"
+
+    def _block_head(self, node: fx.Node) -> str:
+        block = self.blocks[str(node.target)]
+        picked = {user.args[1]: user for user in node.users if is_result(user)}
+        count = len(results(block.graph))
+        shown = [picked[index] for index in range(count) if index in picked] if count > 1 else [node]
+        left = ", ".join(f"{self.names[item]}{self._colon(item)}" for item in shown)
+        inputs = ", ".join(self.names[item] for item in node.all_input_nodes)
+        return f"{left} = block @{node.target}({inputs}) {'[checkpoint] ' if block.checkpoint else ''}{{"
+
+    def _colon(self, node: fx.Node) -> str:
+        kind = self.type_of(node.meta.get("val"))
+        return f": {kind}" if kind else ""
 
     def line(self, node: fx.Node) -> str:
         if node.op == "output":
-            return "return " + ", ".join(self.argument(item) for item in node.args[0])  # type: ignore[union-attr]
-        kind = self.type_of(node.meta.get("val"))
+            return "return " + ", ".join(self.argument(item) for item in results(node.graph))
         name = self.names[node]
         if node.op == "get_attr":
             return self._attribute(node, name)
         arguments = [self.argument(item) for item in node.args]
         arguments += [f"{key}={self.argument(value)}" for key, value in sorted(node.kwargs.items())]
-        return f"{name}{': ' + kind if kind else ''} = {_operator(node)}({', '.join(arguments)}){self._facts(node)}"
+        return f"{name}{self._colon(node)} = {_operator(node)}({', '.join(arguments)}){self._facts(node)}"
 
     def _attribute(self, node: fx.Node, name: str) -> str:
-        if node.target in ("training", "observing"):
+        if node.target in FLAGS:
             return f"{name} = mode"
         value = self.program.tensor(str(node.target))
         kind = "param" if isinstance(value, torch.nn.Parameter) else "buffer"
@@ -115,10 +164,6 @@ class _Printer:
         for symbol in sorted(self.sizes, key=len, reverse=True):
             text = text.replace(symbol, self.sizes[symbol])
         return text.replace(" ", "")
-
-
-def _placeholders(program: Program) -> list[fx.Node]:
-    return [node for node in program.graph.nodes if node.op == "placeholder"]
 
 
 def _operator(node: fx.Node) -> str:

@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphprune.errors import TraceError, VerifyError, suggest
-from graphprune.ir import ops
+from graphprune.ir.blocks import Block, Holder, copy_graph, executable, flat_graph
 from graphprune.ir.interface import Interface, named_forward
 from graphprune.ir.properties import Property
 
@@ -93,6 +93,8 @@ class Program(fx.GraphModule):
     def recompile(self) -> None:  # type: ignore[override]
         """Drop compiled code after the graph changed; it is made anew at the next call."""
         type(self).forward = named_forward(Program.call, self.interface)  # type: ignore[method-assign,assignment]
+        for block in self.blocks.values():
+            block.recompile()
         self.__dict__["_compiled"] = {}
         self.__dict__.update(_code="", _lineno_map=None, _prologue_start=0)  # what a GraphModule has, for torch.compile
 
@@ -111,13 +113,7 @@ class Program(fx.GraphModule):
         return pytree.tree_unflatten(list(function(self, *tensors.values())), self.interface.output)
 
     def _compile(self, missing: frozenset[str]) -> Callable[..., tuple[object, ...]]:
-        graph = prune_inputs(self, missing)
-        for node in graph.find_nodes(op="call_function", target=ops.mask):
-            node.target = ops.apply_mask
-        code = graph.python_code(root_module="self")
-        scope = dict(code.globals)
-        exec(compile(code.src, f"<graphprune {self.name}>", "exec"), scope)
-        self._compiled[missing] = scope["forward"]
+        self._compiled[missing] = executable(prune_inputs(self, missing), self.name)
         return self._compiled[missing]
 
     # -- modes, copies ------------------------------------------------------------------------------------------------
@@ -129,16 +125,13 @@ class Program(fx.GraphModule):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
-        root = _Holder()
+        root = Holder()
         root.training = self.training
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             root.__dict__[kind] = copy.deepcopy(self.__dict__[kind], memo)
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(self._graph, {}))
-        _copy_output_meta(self._graph, graph)
         clone = Program(
             root,
-            graph,
+            copy_graph(self._graph),
             name=self.name,
             interface=self.interface,
             source=self.source,
@@ -152,15 +145,38 @@ class Program(fx.GraphModule):
 
     # -- looking at the graph -----------------------------------------------------------------------------------------
 
-    def calls(self, *targets: object) -> Iterator[fx.Node]:
-        """Nodes that call one of the given operators, in graph order; safe while nodes are erased."""
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """Blocks by their dotted names, in the order in which they run; see the pass ``partition-blocks``."""
+        calls = self._graph.find_nodes(op="call_module")
+        return {str(node.target): cast(Block, self.get_submodule(str(node.target))) for node in calls}
+
+    def graphs(self) -> tuple[fx.Graph, ...]:
+        """The Program's own graph and those of its blocks. Attributes are named from the Program's root in all of them."""
+        return (self._graph, *(block.graph for block in self.blocks.values()))
+
+    def flat_graph(self) -> fx.Graph:
+        """A copy of the graph with what blocks compute in place of their calls."""
+        return flat_graph(self._graph, self.blocks)
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """All nodes in the order in which they run, those of a block before the node that calls it."""
+        blocks = self.blocks
         for node in list(self._graph.nodes):
+            if node.op == "call_module":
+                yield from list(blocks[node.target].graph.nodes)
+            yield node
+
+    def calls(self, *targets: object) -> Iterator[fx.Node]:
+        """Nodes that call one of the given operators, in graph order and inside blocks too; safe while nodes are erased."""
+        for node in self.nodes():
             if node.op == "call_function" and node.target in targets:
                 yield node
 
     def attribute(self, name: str) -> fx.Node | None:
-        """The ``get_attr`` node of a parameter or buffer, if the graph has one."""
-        return next((node for node in self._graph.find_nodes(op="get_attr", target=name)), None)
+        """The ``get_attr`` node of a parameter or buffer, if a graph has one; the one in a block comes first."""
+        found = (node for graph in reversed(self.graphs()) for node in graph.find_nodes(op="get_attr", target=name))
+        return next(found, None)
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer of a dotted name.
@@ -245,34 +261,12 @@ class Program(fx.GraphModule):
         return print_program(self)
 
     def __repr__(self) -> str:
-        nodes = len(self._graph.nodes)
+        nodes = sum(len(graph.nodes) for graph in self.graphs())
         return f"Program({self.name}: {nodes} nodes, inputs {', '.join(self.interface.names)}; {self.properties})"
 
 
 def _is_entry(output: str, name: str) -> bool:
     return output == name or output.rpartition("_")[0] == name
-
-
-class _Holder(nn.Module):
-    """An empty module; a tree of them carries parameters under their original names."""
-
-
-def holder_tree(source: nn.Module) -> nn.Module:
-    """Copy a module's tree of names without its code.
-
-    Returns:
-        Nested empty modules with the very parameter and buffer objects of ``source`` under the same names.
-    """
-    root = _Holder()
-    root.training = source.training
-    for name, parameter in source._parameters.items():
-        root.register_parameter(name, parameter)
-    for name, buffer in source._buffers.items():
-        root.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
-    for name, child in source._modules.items():
-        if child is not None:
-            root.add_module(name, holder_tree(child))
-    return root
 
 
 def prune_inputs(program: Program, missing: frozenset[str]) -> fx.Graph:
@@ -325,7 +319,7 @@ def eliminate_dead(graph: fx.Graph) -> int:
 
 def _has_effect(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return node.op in ("placeholder", "output") or (schema is not None and bool(schema.is_mutable))
+    return node.op in ("placeholder", "output", "call_module") or (schema is not None and bool(schema.is_mutable))
 
 
 def _copy_output_meta(source: fx.Graph, target: fx.Graph) -> None:
@@ -347,14 +341,15 @@ def _unshare(module: nn.Module, state: dict[str, Any], prefix: str, local_metada
     for name, value in state.items():
         if not isinstance(value, Tensor) or not name.startswith(prefix) or value.is_meta:
             continue
-        key = (value.data_ptr(), value.numel(), tuple(value.stride()))
-        if value.numel() and key in seen:
+        local = value.to_local() if hasattr(value, "to_local") else value  # a DTensor itself has no storage
+        key = (local.data_ptr(), local.numel(), tuple(local.stride()))
+        if local.numel() and key in seen:
             state[name] = value.clone()
         seen.add(key)
 
 
 def attributes(program: Program) -> dict[str, fx.Node]:
-    """All parameter and buffer nodes by name."""
+    """All parameter and buffer nodes of a flat graph by name."""
     return {str(node.target): node for node in program.graph.find_nodes(op="get_attr")}
 
 

@@ -11,6 +11,7 @@ class Property(enum.Flag):
     ``FUNCTIONAL``: the graph computes what the source model computes (up to the masks and quantizers that passes added).
     ``SITES``: prunable weights are chosen and annotated. ``MASKED``: mask operators are in the graph.
     ``FAKE_QUANT``: fake-quantize operators are in the graph. ``FROZEN``: their scales are fixed and weights lie on the grid.
+    ``PARTITIONED``: repeated blocks run as modules of their own, so the graph is not flat.
     """
 
     NONE = 0
@@ -19,6 +20,7 @@ class Property(enum.Flag):
     MASKED = enum.auto()
     FAKE_QUANT = enum.auto()
     FROZEN = enum.auto()
+    PARTITIONED = enum.auto()
 
     def names(self) -> tuple[str, ...]:
         """The single properties in this set, in lower case and in order of definition."""

@@ -64,9 +64,9 @@ class Selection:
         for name in self.ops:
             if name not in known_ops:
                 raise RecipeError(f"ops: unknown operator {name!r}{suggest(name, known_ops)}")
-        selected = _matching(sites, self.select, "select") if self.select else {site.name for site in sites}
+        selected = matching(sites, self.select, "select") if self.select else {site.name for site in sites}
         named = {site.name for site in sites for text in self.select if text in (site.name, site.module)}
-        refused = _matching(sites, self.exclude, "exclude")
+        refused = matching(sites, self.exclude, "exclude")
         last = last_sites(program, sites)
         chosen: list[Site] = []
         left = list(excluded)
@@ -87,7 +87,8 @@ class Selection:
         return tuple(chosen), tuple(left)
 
 
-def _matching(sites: Iterable[Site], patterns: Iterable[str], option: str) -> set[str]:
+def matching(sites: Iterable[Site], patterns: Iterable[str], option: str) -> set[str]:
+    """Names of the sites that globs or ``re:`` expressions match; RecipeError, naming ``option``, where one matches none."""
     sites = tuple(sites)
     found: set[str] = set()
     for text in patterns:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from graphprune.errors import PassError
 from graphprune.ir import ops
 from graphprune.ir.program import Program
+from graphprune.ir.properties import Property
 from graphprune.sparsity.layout import Layout, logical_shape
 
 aten = torch.ops.aten
@@ -55,6 +57,14 @@ _REASONS = {
     "lstm": "recurrent layer: one operator holds all its weights",
     "gru": "recurrent layer: one operator holds all its weights",
     "bilinear": "bilinear layer: its weight has three dimensions",
+    **dict.fromkeys(
+        ("split", "split_with_sizes", "chunk", "slice", "select", "unbind", "narrow"),
+        "cut into parts before it is used: its parts are no parameters, and patterns apply to whole ones",
+    ),
+    **dict.fromkeys(
+        ("t", "numpy_T", "mT", "transpose", "permute", "reshape", "view"),
+        "transposed or reshaped before it is used, not as the weight of a linear or conv",
+    ),
 }
 
 
@@ -88,6 +98,11 @@ class Site:
         return math.prod(self.stored_shape)
 
     @property
+    def kernel(self) -> int:
+        """Kernel positions: the product of a convolution's kernel sizes, 1 for other layers."""
+        return math.prod(self.stored_shape[2:])
+
+    @property
     def module(self) -> str:
         """Dotted name of the module that owns the weight."""
         return self.name.rpartition(".")[0]
@@ -107,7 +122,14 @@ def find_sites(program: Program) -> tuple[tuple[Site, ...], tuple[Excluded, ...]
     Returns:
         Sites in the order of the graph, and every other parameter of two or more dimensions with the reason why it is
         none. A weight that several operators use is one site; one that is used in two layouts is excluded.
+
+    Raises:
+        PassError: The Program is partitioned.
     """
+    if Property.PARTITIONED in program.properties:
+        raise PassError(
+            f"{program.name} is partitioned and sites are found in flat graphs only; run inline-blocks first"
+        )
     sites: list[Site] = []
     excluded: list[Excluded] = []
     parameters = dict(program.named_parameters())
@@ -162,10 +184,9 @@ def _site(name: str, weight: Tensor, nodes: list[fx.Node], batch: int) -> tuple[
     if len(layouts) > 1:
         return None, "used in two layouts, as [out, in] and as [in, out]"
     operator = found[0][0]
-    groups = 1
-    if operator.groups is not None:
-        arguments = found[0][1].args
-        groups = int(arguments[operator.groups]) if len(arguments) > operator.groups else 1  # type: ignore[arg-type]
+    groups = {_groups(node, operator) for operator, node in found}
+    if len(groups) > 1:
+        return None, f"used with {' and '.join(str(number) for number in sorted(groups))} groups"
     shape = logical_shape(tuple(weight.shape), operator.layout)
     macs = sum(_macs(node, shape) for _, node in found) // batch
     site = Site(
@@ -174,11 +195,16 @@ def _site(name: str, weight: Tensor, nodes: list[fx.Node], batch: int) -> tuple[
         layout=operator.layout,
         stored_shape=tuple(weight.shape),
         shape=shape,
-        groups=groups,
+        groups=groups.pop(),
         uses=tuple(node.name for _, node in found),
         macs=macs,
     )
     return site, ""
+
+
+def _groups(node: fx.Node, operator: Operator) -> int:
+    position = operator.groups
+    return 1 if position is None or len(node.args) <= position else int(node.args[position])  # type: ignore[arg-type]
 
 
 def users_of_value(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -190,7 +216,7 @@ def users_of_value(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     for user in node.users:
         if user.target is ops.observe:
             continue
-        if user.target in (ops.mask, ops.fake_quantize) and user.args[0] is node:
+        if user.target in (ops.mask, ops.fake_quantize, ops.gate) and user.args[0] is node:
             yield from users_of_value(user)
         elif user.op == "call_function" and user.target is not getattr:
             yield user, node
@@ -206,15 +232,16 @@ def _operator_name(node: fx.Node) -> str:
 
 def _macs(node: fx.Node, shape: tuple[int, int]) -> int:
     value = node.meta.get("val")
-    return math.prod(_hint(size) for size in value.shape) * shape[1] if isinstance(value, Tensor) else 0
+    return math.prod(size_hint(size) for size in value.shape) * shape[1] if isinstance(value, Tensor) else 0
 
 
 def _batch(program: Program) -> int:
     first = next((node for node in program.graph.nodes if node.op == "placeholder"), None)
-    return max(_hint(first.meta["val"].shape[0]), 1) if first is not None and first.meta["val"].dim() else 1
+    return max(size_hint(first.meta["val"].shape[0]), 1) if first is not None and first.meta["val"].dim() else 1
 
 
-def _hint(size: int | torch.SymInt) -> int:
+def size_hint(size: int | torch.SymInt) -> int:
+    """The traced size of a dimension, dynamic or not."""
     if isinstance(size, int):
         return size
     hint = size.node.hint

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.errors import TraceError, suggest
+from graphprune.ir.blocks import holder_tree
 from graphprune.ir.examples import add_labels, add_optional_inputs, default_inputs
 from graphprune.ir.interface import Fill, Input, Interface, is_label
 from graphprune.ir.normalize import normalize
 from graphprune.ir.parity import check_parity
-from graphprune.ir.program import Program, Source, holder_tree, snake_case, source_signature
+from graphprune.ir.program import Program, Source, snake_case, source_signature
 from graphprune.ir.verifier import verify
 
 _SIZE_NAMES = ("b", "s", "t", "u", "v", "w", "x", "y", "z")

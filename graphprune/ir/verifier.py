@@ -10,13 +10,12 @@ from torch import Tensor, fx
 
 from graphprune.errors import VerifyError
 from graphprune.ir import ops
-from graphprune.ir.printer import print_program
+from graphprune.ir.blocks import FLAGS, Block, is_result, placeholders, results
+from graphprune.ir.printer import numbered_lines
 from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
 from graphprune.ir.quantizing import quantizers
 from graphprune.quant.schemes import parse_scheme
-
-_FLAGS = ("training", "observing")
 
 
 def verify(program: Program) -> None:
@@ -25,7 +24,10 @@ def verify(program: Program) -> None:
     Raises:
         VerifyError: A rule is broken. The message names property, node and rule and shows the lines around it.
     """
-    _check_graph(program)
+    _check_blocks(program)
+    for graph in program.graphs():
+        _check_graph(program, graph)
+    _check_interface(program)
     for flag, check in _CHECKS.items():
         if flag in program.properties:
             check(program)
@@ -42,30 +44,68 @@ def _context(program: Program, node: fx.Node | None) -> str:
     if node is None:
         return ""
     try:
-        lines = print_program(program).splitlines()
+        lines = numbered_lines(program)
     except (AttributeError, KeyError, ValueError, TypeError):
         return ""
-    body = [item for item in program.graph.nodes if item.op != "placeholder"]
-    index = body.index(node) + 1 if node in body else 0
-    return "\n" + "\n".join(("> " if row == index else "  ") + lines[row] for row in _around(index, len(lines)))
+    index = next((row for row, (shown, _) in enumerate(lines) if shown is node), 0)
+    return "\n" + "\n".join(("> " if row == index else "  ") + lines[row][1] for row in _around(index, len(lines)))
 
 
 def _around(index: int, count: int) -> range:
     return range(max(0, index - 3), min(count, index + 4))
 
 
-def _check_graph(program: Program) -> None:
+def _check_blocks(program: Program) -> None:
+    """Blocks are called once each, with as many values as they take, and read nothing but what lies in them and their inputs."""
+    paths = [str(node.target) for node in program.graph.find_nodes(op="call_module")]
+    for node in program.graph.find_nodes(op="call_module"):
+        path = str(node.target)
+        try:
+            block = program.get_submodule(path)
+        except AttributeError:
+            raise _fail(program, "graph", node, f"no module has the name {path}") from None
+        if not isinstance(block, Block):
+            raise _fail(program, "graph", node, f"{path} is no block; partition-blocks makes blocks")
+        if Property.PARTITIONED not in program.properties:
+            raise _fail(program, "graph", node, "a Program with blocks has the property partitioned")
+        if paths.count(path) > 1:
+            raise _fail(program, Property.PARTITIONED, node, f"block {path} is called more than once")
+        taken, given = len(placeholders(block.graph)), len(node.args)
+        if taken != given or node.kwargs or len(node.all_input_nodes) != given:
+            raise _fail(
+                program,
+                Property.PARTITIONED,
+                node,
+                f"block {path} takes {taken} values, each another one; {given} given",
+            )
+        if len(results(block.graph)) > 1 and not all(is_result(user) for user in node.users):
+            raise _fail(
+                program,
+                Property.PARTITIONED,
+                node,
+                f"block {path} gives several results, and something uses them as one",
+            )
+        for item in block.graph.nodes:
+            if item.op == "call_module":
+                raise _fail(
+                    program, Property.PARTITIONED, node, f"block {path} calls {item.target}; blocks do not nest"
+                )
+            if item.op == "get_attr" and item.target != "training" and not str(item.target).startswith(f"{path}."):
+                raise _fail(program, Property.PARTITIONED, item, f"{item.target} lies outside of block {path}")
+
+
+def _check_graph(program: Program, graph: fx.Graph) -> None:
     seen: set[fx.Node] = set()
     names: set[str] = set()
     outputs = 0
-    for node in program.graph.nodes:
+    for node in graph.nodes:
         if node.name in names:
             raise _fail(program, "graph", node, "two nodes have this name")
         names.add(node.name)
         for used in node.all_input_nodes:
             if used not in seen:
                 raise _fail(program, "graph", node, f"uses {used.name} before it is computed")
-        if node.op == "get_attr" and node.target not in _FLAGS:
+        if node.op == "get_attr" and node.target not in FLAGS:
             _check_attribute(program, node)
         if node.target in ops.OURS and node.target is not ops.observe and not node.users:
             raise _fail(program, "graph", node, f"the result of {node.target} is not used")
@@ -73,11 +113,12 @@ def _check_graph(program: Program) -> None:
         seen.add(node)
     if outputs != 1:
         raise _fail(program, "graph", None, f"a graph has one output, this one has {outputs}")
-    placeholders = tuple(node.target for node in program.graph.nodes if node.op == "placeholder")
-    if placeholders != program.interface.names:
-        raise _fail(
-            program, "graph", None, f"inputs {placeholders} differ from the interface {program.interface.names}"
-        )
+
+
+def _check_interface(program: Program) -> None:
+    inputs = tuple(node.target for node in placeholders(program.graph))
+    if inputs != program.interface.names:
+        raise _fail(program, "graph", None, f"inputs {inputs} differ from the interface {program.interface.names}")
 
 
 def _check_attribute(program: Program, node: fx.Node) -> None:

@@ -45,12 +45,15 @@ class Pass(abc.ABC):
         requires: Properties that must hold before it runs.
         establishes: Properties that hold after it.
         destroys: Properties that no longer hold after it.
+        forbids: Properties that must not hold when it runs. By default a pass sees flat graphs only; one that can cope with
+            blocks says ``forbids = Property.NONE``.
     """
 
     name: ClassVar[str]
     requires: ClassVar[Property] = Property.NONE
     establishes: ClassVar[Property] = Property.NONE
     destroys: ClassVar[Property] = Property.NONE
+    forbids: ClassVar[Property] = Property.PARTITIONED
 
     @abc.abstractmethod
     def run(self, program: Program) -> PassResult:

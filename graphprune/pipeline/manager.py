@@ -18,6 +18,7 @@ from graphprune.ir.program import META, Program
 from graphprune.ir.properties import Property
 from graphprune.ir.verifier import verify
 from graphprune.pipeline.base import Coverage, Pass, PassResult
+from graphprune.pipeline.registry import known_passes
 
 
 class Instrument(Protocol):
@@ -65,13 +66,15 @@ class PassManager:
             What holds at the end.
 
         Raises:
-            PassError: A pass comes where its requirement does not hold; names it and the pass that would establish it
-                or that destroyed it.
+            PassError: A pass comes where its requirement does not hold, or where something holds that it forbids; names it and
+                the pass that would establish it, that destroyed it or that would destroy it.
         """
         for index, step in enumerate(self.passes):
             lacking = step.requires & ~properties
             if lacking:
                 raise PassError(self._order_problem(index, lacking))
+            if step.forbids & properties:
+                raise PassError(self._forbidden(index, step.forbids & properties))
             properties = (properties & ~step.destroys) | step.establishes
         return properties
 
@@ -90,6 +93,17 @@ class PassManager:
                     f"{message}: pipeline[{after}].{self.passes[after].name} establishes it; put it before {step.name}"
                 )
         return f"{message}; add the pass that establishes it before {step.name} (see graphprune passes)"
+
+    def _forbidden(self, index: int, held: Property) -> str:
+        step = self.passes[index]
+        message = f"pipeline[{index}].{step.name} cannot run on a Program that is {held}"
+        ending = [name for name, cls in known_passes().items() if cls.destroys & held]
+        way_out = f"put {' or '.join(ending)} before {step.name}"
+        for before in reversed(range(index)):
+            if self.passes[before].establishes & held:
+                name = f"pipeline[{before}].{self.passes[before].name}"
+                return f"{message}, which {name} makes it: put {step.name} before {name}, or {way_out}"
+        return f"{message}: {way_out}"
 
     def run(self, program: Program, *, in_place: bool = False) -> PipelineResult:
         """Run the passes.
@@ -168,7 +182,7 @@ def _structure(program: Program) -> int:
     return hash(
         tuple(
             (node.name, node.op, node.target, str(node.args), str(node.kwargs), str(node.meta.get(META) or ""))
-            for node in program.graph.nodes
+            for node in program.nodes()
         )
     )
 

@@ -16,7 +16,7 @@ _SLACK = 1e-3
 
 
 class Scope(enum.Enum):
-    """``GLOBAL`` ranks the units of all sites together; ``LOCAL`` gives every site the same sparsity."""
+    """``GLOBAL`` ranks the units of all sites together; ``LOCAL`` gives every site its own sparsity."""
 
     GLOBAL = "global"
     LOCAL = "local"
@@ -34,7 +34,7 @@ def allocate(
     unit_scores: Sequence[Tensor],
     unit_sizes: Sequence[int | Tensor],
     weights: Sequence[int],
-    sparsity: float,
+    sparsity: float | Sequence[float],
     *,
     scope: Scope = Scope.GLOBAL,
     max_sparsity: float | Sequence[float] = 0.98,
@@ -49,7 +49,8 @@ def allocate(
         unit_scores: For each site its ``Pattern.unit_scores``; any shapes, compared as float32.
         unit_sizes: For each site its ``Pattern.unit_sizes``.
         weights: For each site the number of its weights, >= the sum of its unit sizes.
-        sparsity: Wanted fraction of zeros in [0, 1], over all weights (global) or at every site (local).
+        sparsity: Wanted fraction of zeros in [0, 1], over all weights (global) or at every site (local); or, local
+            only, one fraction a site, such as ``distribution`` computes.
         scope: Whether sites compete.
         max_sparsity: Most that a site may get, in [0, 1], one for all or one each; rounded down to whole
             units. What a capped site cannot take, the other sites take.
@@ -78,26 +79,43 @@ def allocate(
             f"allocation over {count} sites got {len(unit_sizes)} sizes, {len(weights)} weights, "
             f"{len(limits)} caps and {len(labels)} names; give one each"
         )
-    _check_fractions(sparsity, min_sparsity, limits, labels)
+    targets = _targets(sparsity, scope, labels)
+    _check_fractions(min_sparsity, limits, labels)
     sites = [make_units(*site) for site in zip(labels, unit_scores, unit_sizes, strict=True)]
     bounds = [
         _Bounds(
             cap=min(limit * size, float(site.total)) + _SLACK,
-            floor=min(min_sparsity, sparsity) * size + _SLACK,
+            floor=min(min_sparsity, target) * size + _SLACK,
         )
-        for site, limit, size in zip(sites, limits, weights, strict=True)
+        for site, limit, size, target in zip(sites, limits, weights, targets, strict=True)
     ]
     if scope is Scope.LOCAL:
-        chosen = [_share_alone(*entry, sparsity) for entry in zip(sites, bounds, weights, strict=True)]
+        chosen = [_share_alone(*entry) for entry in zip(sites, bounds, weights, targets, strict=True)]
     else:
-        chosen = _share_global(sites, bounds, sum(weights), sparsity)
+        chosen = _share_global(sites, bounds, sum(weights), targets[0]) if targets else []
     return [mask.view(scores.shape) for mask, scores in zip(chosen, unit_scores, strict=True)]
 
 
-def _check_fractions(sparsity: float, least: float, limits: Sequence[float], labels: Sequence[str]) -> None:
-    for name, value in (("sparsity", sparsity), ("min_sparsity", least)):
-        if not 0.0 <= value <= 1.0:
-            raise SparsityError(f"{name}={value} is not in [0, 1]; write a fraction and not percent")
+def _targets(sparsity: float | Sequence[float], scope: Scope, labels: Sequence[str]) -> list[float]:
+    """The sparsity asked of each site; under ``GLOBAL`` the one over all of them, repeated."""
+    if isinstance(sparsity, (int, float)):
+        if not 0.0 <= sparsity <= 1.0:
+            raise SparsityError(f"sparsity={sparsity} is not in [0, 1]; write a fraction and not percent")
+        return [float(sparsity)] * len(labels)
+    if scope is not Scope.LOCAL:
+        raise SparsityError(f"a sparsity for each site needs scope {Scope.LOCAL.value!r}, not {scope.value!r}")
+    targets = [float(part) for part in sparsity]
+    if len(targets) != len(labels):
+        raise SparsityError(f"allocation over {len(labels)} sites got {len(targets)} sparsities; give one each")
+    for label, target in zip(labels, targets, strict=True):
+        if not 0.0 <= target <= 1.0:
+            raise SparsityError(f"{label}: sparsity={target} is not in [0, 1]; write a fraction and not percent")
+    return targets
+
+
+def _check_fractions(least: float, limits: Sequence[float], labels: Sequence[str]) -> None:
+    if not 0.0 <= least <= 1.0:
+        raise SparsityError(f"min_sparsity={least} is not in [0, 1]; write a fraction and not percent")
     for label, limit in zip(labels, limits, strict=True):
         if not 0.0 <= limit <= 1.0:
             raise SparsityError(f"{label}: max_sparsity={limit} is not in [0, 1]; write a fraction and not percent")

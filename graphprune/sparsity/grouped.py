@@ -74,6 +74,23 @@ class NM(Pattern):
         sizes[:, -1] = 0
         return sizes
 
+    def spread(self, stored: Tensor, shape: Shape) -> Tensor:
+        """Return ``stored`` itself."""
+        return stored
+
+    def locked(self, zero: Tensor) -> Tensor:
+        """Prune the zeros of each whole group that keeps at most ``n``."""
+        full = zero.shape[1] // self.m
+        kept = torch.ones_like(zero)
+        groups = zero[:, : full * self.m].view(len(zero), full, self.m)
+        sparse = groups.sum(2, keepdim=True) >= self.m - self.n
+        kept[:, : full * self.m] = groups.logical_and(sparse).logical_not().flatten(1)
+        return kept
+
+    def score_sizes(self, shape: Shape, *, device: torch.device) -> int | Tensor:
+        """Return 1: every weight has its score."""
+        return 1
+
     def mask(self, stored: Tensor, prune: Tensor, shape: Shape) -> Tensor:
         """Drop the ``m - n`` smallest of each pruned group."""
         check_units(prune, (shape[0], -(-shape[1] // self.m)), self)

@@ -26,7 +26,8 @@ class Pattern(abc.ABC):
     """Base of all patterns; subclasses are frozen dataclasses.
 
     Every method works on logical matrices ``[out, in]``; ``shape`` is always that of the logical matrix.
-    ``str(pattern)`` is the canonical text and ``parse_pattern(str(p)) == p``.
+    ``str(pattern)`` is the canonical text and ``parse_pattern(str(p)) == p``. What depends on more than the
+    logical matrix, such as the kernel of a convolution, a pattern learns by ``bound``.
     """
 
     examples: ClassVar[tuple[str, ...]]
@@ -40,6 +41,17 @@ class Pattern(abc.ABC):
     @abc.abstractmethod
     def __str__(self) -> str:
         """Return the canonical text."""
+
+    def bound(self, *, kernel: int, groups: int) -> Pattern:
+        """Return the pattern for a weight of a given geometry; the pattern itself where that changes nothing.
+
+        The text stays the same: ``parse_pattern(str(p))`` is the pattern before it was bound, so bind again after reading.
+
+        Args:
+            kernel: Kernel positions of the weight: the product of its kernel sizes, 1 for a linear layer.
+            groups: Groups of a convolution, else 1.
+        """
+        return self
 
     @abc.abstractmethod
     def misfit(self, shape: Shape) -> str | None:
@@ -77,6 +89,29 @@ class Pattern(abc.ABC):
             An int where that is the same for all units, else a CPU int64 tensor of the units' shape. 0 means
             that pruning the unit has no effect.
         """
+
+    def score_sizes(self, shape: Shape, *, device: torch.device) -> int | Tensor:
+        """Return how many weights each stored score stands for: an int, or a tensor of ``score_shape`` on ``device``."""
+        sizes = self.unit_sizes(shape)
+        return sizes if isinstance(sizes, int) else sizes.to(device)
+
+    @abc.abstractmethod
+    def spread(self, stored: Tensor, shape: Shape) -> Tensor:
+        """Repeat every stored score over the weights that it stands for: ``[out, in]``, dtype of ``stored``."""
+
+    def locked(self, zero: Tensor) -> Tensor:
+        """Return the mask that keeps the zeros which are there.
+
+        Args:
+            zero: Bool ``[out, in]``, True where the weight is zero.
+
+        Returns:
+            Bool ``[out, in]``, True = kept. Exactly the units that are zero as a whole are pruned; for N:M the zeros of each
+            group that keeps at most ``n``.
+        """
+        shape = matrix_shape(zero)
+        shares = self.reduce(zero.float())
+        return self.mask(shares, self.unit_scores(shares) == 1.0, shape)
 
     @abc.abstractmethod
     def mask(self, stored: Tensor, prune: Tensor, shape: Shape) -> Tensor:

@@ -6,9 +6,10 @@ A new pattern is one small class; listing it in ``PATTERNS`` lets text name it.
 from __future__ import annotations
 
 from graphprune.errors import SparsityError, suggest
+from graphprune.sparsity.channels import Channel
 from graphprune.sparsity.grouped import NM
 from graphprune.sparsity.pattern_base import Pattern, Region, Shape
-from graphprune.sparsity.tiled import Block, Channel, Tiled, Unstructured
+from graphprune.sparsity.tiled import Block, Tiled, Unstructured
 
 __all__ = [
     "NM",
@@ -28,7 +29,7 @@ PATTERNS: tuple[type[Pattern], ...] = (Unstructured, Block, Channel, NM)
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Read a pattern: "unstructured" (or "1x1"), "4x1", "2:4" (keeps 2 of 4), "channelx1", "1xchannel".
+    """Read a pattern: "unstructured" (or "1x1"), "4x1", "2:4" (keeps 2 of 4), "channelx1", "8xchannel".
 
     Args:
         text: The text; case and outer spaces do not matter.

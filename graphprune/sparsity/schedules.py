@@ -1,4 +1,4 @@
-"""Schedules: how sparse to be at a point of the pruning window, and the window itself.
+"""Schedules: how sparse to be at a point of the pruning window (see ``windows``).
 
 Progress is a fraction of the window in [0, 1]. A new schedule is one small class, usually a
 ``FractionSchedule`` with one formula; list it in ``SCHEDULES`` so that text can name it.
@@ -21,6 +21,8 @@ class Schedule(abc.ABC):
     """Base of all schedules; subclasses are frozen dataclasses whose fields have defaults."""
 
     name: ClassVar[str]
+    resets_moments: ClassVar[bool] = False
+    """Whether the optimizer's moments start anew when pruned weights come back."""
 
     def __str__(self) -> str:
         return format_named(self.name, self)
@@ -102,6 +104,53 @@ class Cubic(FractionSchedule):
 
 
 @dataclass(frozen=True)
+class Cube(FractionSchedule):
+    """``s0 + (s1 - s0) * t**3``: slow first, fast at the end. Source: "cube" of Neural Compressor 2.6."""
+
+    name = "cube"
+
+    def fraction(self, progress: float) -> float:
+        """Return ``t**3``."""
+        return progress**3
+
+
+@dataclass(frozen=True)
+class Constant(FractionSchedule):
+    """The target from the first update on, and further updates at it: for criteria that drop and grow."""
+
+    name = "constant"
+
+    def fraction(self, progress: float) -> float:
+        """Return 1."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class AcDc(FractionSchedule):
+    """Alternate between compressed and dense training; the window ends compressed.
+
+    The window is cut into ``cycles`` equal parts; the first half of each is compressed at the target, the second half dense.
+    Give the dense training before it as warm-up, the last compressed training as cool-down, and a frequency of half a part or
+    less. Use it with the criterion ``magnitude``. Source: Peste et al., arXiv:2106.12379, section 3.
+
+    Raises:
+        SparsityError: ``cycles`` is below 1.
+    """
+
+    cycles: int = 4
+    name = "acdc"
+    resets_moments = True
+
+    def __post_init__(self) -> None:
+        if self.cycles < 1:
+            raise SparsityError(f"acdc needs at least 1 cycle, got {self.cycles}")
+
+    def fraction(self, progress: float) -> float:
+        """Return 1 in compressed phases and 0 in dense ones."""
+        return 1.0 if progress * self.cycles % 1.0 < 0.5 else 0.0
+
+
+@dataclass(frozen=True)
 class Exponential(Schedule):
     """``1 - (1 - s0) * ((1 - s1) / (1 - s0))**t``: the density shrinks by the same factor in equal times.
 
@@ -131,7 +180,7 @@ class Cosine(FractionSchedule):
 
 
 SCHEDULES: Mapping[str, type[Schedule]] = MappingProxyType(
-    {cls.name: cls for cls in (OneShot, Linear, Cubic, Exponential, Cosine)}
+    {cls.name: cls for cls in (OneShot, Linear, Cubic, Cube, Exponential, Cosine, Constant, AcDc)}
 )
 """Every schedule that text can name."""
 
@@ -149,85 +198,3 @@ def parse_schedule(text: str) -> Schedule:
         SparsityError: The text is malformed, or the name, an option or a value is not known.
     """
     return parse_named(text, SCHEDULES, "schedule")
-
-
-@dataclass(frozen=True)
-class Window:
-    """When masks are updated, in optimizer steps counted from 0.
-
-    Updates are at ``start``, every ``frequency`` steps after it, and always at ``end``, so that the target is
-    reached there whether or not ``frequency`` divides the window. ``start == end`` is one update.
-
-    Args:
-        start: Step of the first update, >= 0.
-        end: Step of the last update, >= ``start``.
-        frequency: Steps from one update to the next, >= 1.
-
-    Raises:
-        SparsityError: A number is no int or out of its range.
-    """
-
-    start: int
-    end: int
-    frequency: int = 1
-
-    def __post_init__(self) -> None:
-        for name, value in (("start", self.start), ("end", self.end), ("frequency", self.frequency)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise SparsityError(f"pruning window: {name}={value!r} is not an int; it is counted in optimizer steps")
-        if not 0 <= self.start <= self.end:
-            raise SparsityError(f"pruning window: it needs 0 <= start <= end, got start={self.start}, end={self.end}")
-        if self.frequency < 1:
-            raise SparsityError(f"pruning window: frequency={self.frequency} is below 1 step")
-
-    def is_update(self, step: int) -> bool:
-        """Say whether masks are updated at ``step``."""
-        return self.start <= step <= self.end and (step == self.end or (step - self.start) % self.frequency == 0)
-
-    def progress(self, step: int) -> float:
-        """Return how much of the window is over, in [0, 1]: 0 up to ``start``, exactly 1 from ``end`` on."""
-        if step >= self.end:
-            return 1.0
-        return 0.0 if step <= self.start else (step - self.start) / (self.end - self.start)
-
-    def update_steps(self) -> tuple[int, ...]:
-        """Return every step at which masks are updated, ascending."""
-        steps = tuple(range(self.start, self.end, self.frequency))
-        return (*steps, self.end)
-
-
-def window(total_steps: int, *, warm_up: float, cool_down: float, frequency: int) -> Window:
-    """Place the pruning window inside a training run of steps ``0 .. total_steps - 1``.
-
-    Args:
-        total_steps: Optimizer steps of the run, >= 1.
-        warm_up: Steps before the first update: an int counts steps, a float in [0, 1) is a fraction of
-            ``total_steps`` (rounded to the nearest step).
-        cool_down: Steps after the last update, in the same two forms.
-        frequency: Steps between updates, >= 1.
-
-    Returns:
-        The window from step ``warm_up`` to step ``total_steps - 1 - cool_down``.
-
-    Raises:
-        SparsityError: A number is out of its range, or warm-up and cool-down leave no step.
-    """
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise SparsityError(f"pruning window: total_steps={total_steps!r} is not a positive int")
-    before, after = _steps("warm_up", warm_up, total_steps), _steps("cool_down", cool_down, total_steps)
-    if before + after >= total_steps:
-        raise SparsityError(
-            f"pruning window: warm_up ({before} steps) and cool_down ({after} steps) leave nothing "
-            f"of {total_steps} steps; shorten one of them or train longer"
-        )
-    return Window(before, total_steps - 1 - after, frequency)
-
-
-def _steps(name: str, value: float, total: int) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    if isinstance(value, float) and 0.0 <= value < 1.0:
-        return round(value * total)
-    raise SparsityError(
-        f"pruning window: {name}={value!r} is neither steps (an int >= 0) nor a fraction (a float in [0, 1))"
-    )

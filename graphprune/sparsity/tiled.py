@@ -1,4 +1,4 @@
-"""Patterns whose units are rectangles: single weights, blocks, whole outputs or inputs.
+"""Patterns whose units are rectangles: single weights and blocks.
 
 A new one is a ``Tiled`` subclass with a ``tile`` method and its text.
 """
@@ -47,7 +47,7 @@ class Tiled(Pattern):
     def reduce(self, scores: Tensor) -> Tensor:
         """Return the mean of each tile."""
         shape = matrix_shape(scores)
-        return _reduce_tiles(scores, self.tile(shape), _mean).view(self.score_shape(shape))
+        return _reduce_tiles(scores, self.tile(shape), _mean)
 
     def unit_sizes(self, shape: Shape) -> int | Tensor:
         """Return the area of a tile, one per tile where edges are smaller."""
@@ -58,12 +58,16 @@ class Tiled(Pattern):
         widths = torch.full((self.grid(shape)[1],), columns, dtype=torch.int64)
         heights[-1] = shape[0] - rows * (len(heights) - 1)
         widths[-1] = shape[1] - columns * (len(widths) - 1)
-        return torch.outer(heights, widths).view(self.score_shape(shape))
+        return torch.outer(heights, widths)
+
+    def spread(self, stored: Tensor, shape: Shape) -> Tensor:
+        """Repeat each tile's score over the tile."""
+        return _expand_tiles(stored.view(self.grid(shape)), self.tile(shape), shape)
 
     def mask(self, stored: Tensor, prune: Tensor, shape: Shape) -> Tensor:
         """Expand each tile's choice over the tile; ``stored`` is ignored."""
         check_units(prune, self.score_shape(shape), self)
-        return _expand_tiles(prune.logical_not().view(self.grid(shape)), self.tile(shape), shape)
+        return _expand_tiles(prune.logical_not(), self.tile(shape), shape)
 
     def holds(self, kept: Tensor) -> bool:
         """Say whether each tile is all kept or all pruned."""
@@ -75,7 +79,7 @@ class Tiled(Pattern):
     def pattern_sparsity(self, zero: Tensor) -> float:
         """Return the share of weights in tiles that are all zero."""
         shape = matrix_shape(zero)
-        pruned = _reduce_tiles(zero, self.tile(shape), _all).view(self.score_shape(shape))
+        pruned = _reduce_tiles(zero, self.tile(shape), _all)
         sizes = self.unit_sizes(shape)
         if isinstance(sizes, int):
             weights = int(pruned.count_nonzero()) * sizes
@@ -151,48 +155,6 @@ class Block(Tiled):
     def tile(self, shape: Shape) -> Shape:
         """Return rows and columns of the block."""
         return self.rows, self.columns
-
-
-@dataclass(frozen=True)
-class Channel(Tiled):
-    """Whole outputs or inputs: ``axis`` is the logical dimension that loses entries.
-
-    ``Channel(0)`` is "1xchannel": one output row (a neuron, a conv filter). ``Channel(1)`` is "channelx1":
-    one input column (in a conv, one input channel at one kernel position).
-
-    Raises:
-        SparsityError: ``axis`` is neither 0 nor 1.
-    """
-
-    axis: int
-    examples = ("channelx1", "1xchannel")
-
-    def __post_init__(self) -> None:
-        if self.axis not in (0, 1):
-            raise SparsityError(
-                f"axis {self.axis} of a channel pattern is neither 0 (output rows) nor 1 (input columns)"
-            )
-
-    @classmethod
-    def from_text(cls, text: str) -> Channel | None:
-        """Read "1xchannel" or "channelx1"."""
-        return {"1xchannel": cls(0), "channelx1": cls(1)}.get(text)
-
-    def __str__(self) -> str:
-        return ("1xchannel", "channelx1")[self.axis]
-
-    def tile(self, shape: Shape) -> Shape:
-        """Return a whole row or column of the matrix."""
-        return (1, max(1, shape[1])) if self.axis == 0 else (max(1, shape[0]), 1)
-
-    def score_shape(self, shape: Shape) -> tuple[int, ...]:
-        """Return the number of channels."""
-        return (shape[self.axis],)
-
-    def regions(self, shape: Shape, elements: int) -> Iterator[Region]:
-        """Cut into bands of channels."""
-        for part, stored in super().regions(shape, elements):
-            yield part, (part[self.axis] if stored[self.axis] != ALL else ALL,)
 
 
 def _mean(tiles: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from graphprune.training.calibration import calibrate
 from graphprune.training.distillation import Distillation, embedding_loss, hidden_loss, logits_loss, mean_pool
+from graphprune.training.report import RuleReport, SessionReport
+from graphprune.training.sampler import GradientSampler
 from graphprune.training.session import Session
 
 if TYPE_CHECKING:
@@ -13,8 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Distillation",
+    "GradientSampler",
+    "RuleReport",
     "Session",
     "SessionCallback",
+    "SessionReport",
     "calibrate",
     "embedding_loss",
     "hidden_loss",

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from graphprune.artifact.files import written
+from graphprune.training.sampler import GradientSampler
 from graphprune.training.session import Session
 
 _FILE = "graphprune_session.pt"
@@ -21,20 +22,30 @@ class SessionCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         log: As for ``Session``.
+        sampler: As for ``Session``.
 
     Attributes:
         session: The session, once training has begun.
     """
 
-    def __init__(self, log: Path | str | None = None) -> None:
+    def __init__(self, log: Path | str | None = None, sampler: GradientSampler | None = None) -> None:
         self.log = log
+        self.sampler = sampler
         self.session: Session | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the session; where training resumes, load its state from the checkpoint."""
-        self.session = Session(kwargs["model"], kwargs["optimizer"], total_steps=state.max_steps, log=self.log)
+        epochs = max(1.0, float(state.num_train_epochs or 1))
+        self.session = Session(
+            kwargs["model"],
+            kwargs["optimizer"],
+            total_steps=state.max_steps,
+            steps_per_epoch=max(1, round(state.max_steps / epochs)),
+            sampler=self.sampler,
+            log=self.log,
+        )
         if state.global_step > 0:
             path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _FILE
             self.session.load_state_dict(torch.load(path, weights_only=True), random=False)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,45 +11,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.artifact.files import written
 from graphprune.errors import SparsityError
-from graphprune.ir import ops
-from graphprune.ir.masking import MaskedSite, masked_sites, reached, rules_of, sparsity_of, update_masks
+from graphprune.ir.masking import MaskedSite, masked_sites, reached, rules_of, sparsity_of
 from graphprune.ir.program import Program
-from graphprune.sparsity.layout import to_logical
-from graphprune.sparsity.schedules import OneShot, Window, window
+from graphprune.ir.sharding import differing, whole
 from graphprune.training.randomness import random_state, set_random_state
+from graphprune.training.report import RuleReport, SessionReport
+from graphprune.training.rule import Rule
+from graphprune.training.sampler import GradientSampler
+from graphprune.training.step_log import StepLog
 
-_VERSION = 1
+_VERSION = 2
 _ENTRYWISE = (
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
     torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop,
 )  # fmt: skip
 """Optimizers whose update of an entry is zero where the entry, its gradient and its moments are zero."""
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """One insert-masks pass in training: its sites, when they are updated and where they started."""
-
-    sites: tuple[MaskedSite, ...]
-    window: Window
-    initial: float
-    locked: bool
+_STRAY_STEPS = 3
+"""Training forwards in a row with changed weights and no optimizer step that are no accident, such as a loaded state."""
 
 
 class Session:
     """Drives masks through the optimizer's own step hooks; there is no further call to make.
 
     Before each optimizer step the criterion sees weights and gradients; after it, at the steps of the schedule's window, masks
-    are chosen anew, and pruned weights and their optimizer moments become exactly zero. Steps that a gradient scaler skips
-    and evaluation forwards do not count; with gradient accumulation a step is an optimizer step. A rule whose masks are
-    at their target when the session starts is left as it is.
+    are chosen anew, and pruned weights and their optimizer moments become exactly zero (criteria such as ``movement`` keep the
+    values under the mask until the last update). Steps that a gradient scaler skips and evaluation forwards do not count; with
+    gradient accumulation a step is an optimizer step. A rule whose masks are at their target when the session starts is left
+    as it is. Under DistributedDataParallel and ``fully_shard`` every process makes a session; all choose the same masks, which is
+    checked at every update.
 
     Args:
         program: A Program with masks; it may be wrapped (DistributedDataParallel, ``torch.compile``).
         optimizer: Made from ``program.parameters()``.
         total_steps: Optimizer steps of the whole run; fractions of training in the schedule count from it.
+        steps_per_epoch: Optimizer steps of an epoch, where the schedule counts in epochs.
+        sampler: Where criteria such as ``obs`` draw their gradients from.
         log: File for one JSON object a step (``step``, ``sparsity``, ``loss``), appended to. ``loss`` is that of the
             Program's own output (not under ``torch.compile``), or what ``record`` was given.
 
@@ -61,39 +55,49 @@ class Session:
         skipped: Steps left out of the scores because a gradient was NaN or infinite.
 
     Raises:
-        SparsityError: The Program has no masks, the optimizer does not hold a masked weight, or the schedule does not fit
-            into ``total_steps``.
+        SparsityError: The Program has no masks or is driven by another session, the optimizer does not hold a masked weight,
+            or the schedule does not fit into ``total_steps``.
     """
 
     def __init__(
-        self, program: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps: int, log: Path | str | None = None
+        self,
+        program: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        total_steps: int,
+        steps_per_epoch: int | None = None,
+        sampler: GradientSampler | None = None,
+        log: Path | str | None = None,
     ) -> None:
         self.program = _unwrap(program)
         self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self.total_steps = total_steps
+        self.sampler = sampler
         self.step = 0
         self.skipped = 0
-        self.log = Path(log) if log is not None else None
+        self.log = StepLog(Path(log)) if log is not None else None
         self._loss: float | Tensor | None = None
         self._sparsity: float | None = None
         self._entrywise = type(self.optimizer) in _ENTRYWISE
+        self._strays = 0
         sites = masked_sites(self.program)
         if not sites:
             raise SparsityError("the Program has no masks for a session to drive; run insert-masks first")
+        _refuse_second(self.program)
         self._check_ownership(sites)
-        self._rules = {rule: self._make_rule(members) for rule, members in rules_of(sites).items()}
-        self._scores: dict[str, Tensor | None] = {
-            site.name: site.criterion.initial(site.pattern, site.shape, device=site.weight.device)
-            for rule in self._rules.values()
-            for site in rule.sites
-            if not rule.locked
+        self._rules = {
+            rule: Rule(self.program, members, self.optimizer, total_steps, steps_per_epoch)
+            for rule, members in rules_of(sites).items()
         }
+        self._check_sampler()
         self._zero()
+        self._version = self._weight_version()
         self._hooks = [
             self.optimizer.register_step_pre_hook(_weak(self, Session._before_step)),
             self.optimizer.register_step_post_hook(_weak(self, Session._after_step)),
             self.program.register_forward_hook(_weak(self, Session._after_forward)),
         ]
+        self.program.__dict__["_session"] = weakref.ref(self)
 
     # -- what the user sees -------------------------------------------------------------------------------------------
 
@@ -109,6 +113,44 @@ class Session:
         """Whether every rule has reached its sparsity."""
         return all(reached(rule.sites)[0] for rule in self._rules.values())
 
+    def report(self) -> SessionReport:
+        """How far every rule is, and what did not count; prints as text."""
+        rules = []
+        for number, rule in self._rules.items():
+            done, now, target = reached(rule.sites)
+            decision = rule.sites[0].decision
+            rules.append(
+                RuleReport(
+                    rule=number,
+                    pattern=decision.pattern,
+                    criterion="locked" if decision.locked else str(rule.criterion),
+                    sites=len(rule.sites),
+                    sparsity=now,
+                    target=now if decision.locked else target,
+                    reached=done,
+                    updates=rule.updates,
+                    first=rule.window.start,
+                    last=rule.window.end,
+                )
+            )
+        left_out = self.sampler.skipped if self.sampler is not None else 0
+        return SessionReport(
+            self.step, self.total_steps, self.sparsity, self.skipped, left_out, tuple(rules), self._warnings(left_out)
+        )
+
+    def _warnings(self, left_out: int) -> tuple[str, ...]:
+        found = []
+        if self.skipped:
+            found.append(f"{self.skipped} steps had NaN or infinite gradients and did not count for the scores")
+        if left_out:
+            found.append(f"{left_out} sampled gradients were NaN or infinite and did not count")
+        frozen = [site.name for site in self._sites if not site.weight.requires_grad]
+        if frozen:
+            found.append(
+                f"{len(frozen)} masked weights are frozen, for example {frozen[0]}; their scores take no gradient"
+            )
+        return tuple(found)
+
     def record(self, *, loss: float | Tensor) -> None:
         """Give the log a loss of your own for the step that comes next."""
         self._loss = loss.detach() if isinstance(loss, Tensor) else loss
@@ -118,6 +160,7 @@ class Session:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self.program.__dict__.pop("_session", None)
 
     def __enter__(self) -> Session:
         return self
@@ -144,9 +187,9 @@ class Session:
             "step": self.step,
             "skipped": self.skipped,
             "total_steps": self.total_steps,
-            "scores": {name: score.clone() for name, score in self._scores.items() if score is not None},
             "masks": {site.name: site.mask.clone() for site in self._sites},
-            "rules": {rule: [item.initial, item.locked] for rule, item in self._rules.items()},
+            "rules": {number: rule.state_dict() for number, rule in self._rules.items()},
+            "sampler": self.sampler.state_dict() if self.sampler is not None else None,
             "random": random_state(),
         }
 
@@ -168,20 +211,22 @@ class Session:
                 f"give the same number, or the schedule would jump"
             )
         self._check_masks(state["masks"])
+        if set(state["rules"]) != set(self._rules):
+            raise SparsityError(
+                f"the state has rules {sorted(state['rules'])}, this Program {sorted(self._rules)}; load it into the same recipe"
+            )
         for site in self._sites:
             site.mask.copy_(state["masks"][site.name])
+        for number, rule in self._rules.items():
+            rule.load_state_dict(state["rules"][number])
+        if self.sampler is not None and state["sampler"] is not None:
+            self.sampler.load_state_dict(state["sampler"])
         self._sparsity = None
-        self._rules = {
-            rule: replace(item, initial=state["rules"][rule][0], locked=state["rules"][rule][1])
-            for rule, item in self._rules.items()
-        }
-        device = {site.name: site.weight.device for site in self._sites}
-        self._scores = {site.name: None for rule in self._rules.values() for site in rule.sites if not rule.locked}
-        for name, score in state["scores"].items():
-            self._scores[name] = score.clone().to(device[name])
         self.step, self.skipped = int(state["step"]), int(state["skipped"])
-        self._trim_log()
+        if self.log is not None:
+            self.log.trim(self.step)
         self._zero()
+        self._version = self._weight_version()
         if random:
             set_random_state(state["random"])
 
@@ -214,18 +259,13 @@ class Session:
                     f"transform (or freeze the weight with requires_grad_(False))"
                 )
 
-    def _make_rule(self, sites: tuple[MaskedSite, ...]) -> _Rule:
-        decision = sites[0].decision
-        span = window(
-            self.total_steps,
-            warm_up=decision.warm_up,
-            cool_down=decision.cool_down,
-            frequency=decision.frequency,
-        )
-        if isinstance(sites[0].schedule, OneShot):
-            span = Window(span.start, span.start, 1)
-        initial = sparsity_of(sites)
-        return _Rule(sites, span, min(initial, decision.sparsity), locked=initial > 0 and reached(sites)[0])
+    def _check_sampler(self) -> None:
+        for rule in self._rules.values():
+            if rule.criterion.needs_samples and not rule.locked and self.sampler is None:
+                raise SparsityError(
+                    f"criterion {rule.criterion} draws gradients of its own at every mask update: give the session a "
+                    f"GradientSampler as sampler="
+                )
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -233,33 +273,46 @@ class Session:
         if torch.compiler.is_compiling():
             return  # a compiled forward keeps no loss aside; record gives one to the log
         if module.training and torch.is_grad_enabled():
+            self._watch_steps()
             loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
             if isinstance(loss, Tensor) and loss.numel() == 1:
                 self._loss = loss.detach()
 
+    def _watch_steps(self) -> None:
+        """Notice that somebody trains the weights past this session, with another optimizer."""
+        version = self._weight_version()
+        if version == self._version:
+            return
+        self._version = version
+        self._strays += 1
+        if self._strays >= _STRAY_STEPS:
+            raise SparsityError(
+                f"the weights of {self._sites[0].name} change, but the optimizer that the session was given does not step; "
+                f"give the session the optimizer that trains the Program, or close the session"
+            )
+
+    def _weight_version(self) -> int:
+        return self._sites[0].weight._version
+
     @torch.no_grad()
     def _before_step(self, optimizer: object, args: object, kwargs: object) -> None:
         self._watch_gradient()
-        sites = [site for rule in self._rules.values() if not rule.locked for site in rule.sites]
-        sites = [site for site in sites if site.criterion.needs_gradient and site.weight.requires_grad]
-        if not sites:
-            return
+        scoring = [rule for rule in self._rules.values() if rule.scoring(self.step)]
+        sites = [site for rule in scoring for site in rule.sites if site.weight.requires_grad]
         for site in sites:
             if site.weight.grad is None:
                 raise SparsityError(
                     f"no gradient reached {site.name}; its criterion {site.decision.criterion} needs one: the loss does not "
                     f"depend on this weight, so exclude the site"
                 )
-        sums = torch.stack([site.weight.grad.sum().float() for site in sites if site.weight.grad is not None])
-        if not bool(torch.isfinite(sums).all()):
+        sums = [whole(site.weight.grad.sum().float()) for site in sites if site.weight.grad is not None]
+        if sums and not bool(torch.isfinite(torch.stack(sums)).all()):
             self.skipped += 1
-            return
-        for site in sites:
-            assert site.weight.grad is not None
-            grad = to_logical(site.weight.grad, site.decision.layout)
-            self._scores[site.name] = site.criterion.accumulate(
-                self._scores[site.name], site.logical_weight, grad, site.pattern
-            )
+        else:
+            for rule in scoring:
+                rule.accumulate()
+        for rule in self._rules.values():
+            rule.shape_gradients(self.step)
 
     def _watch_gradient(self) -> None:
         """Notice gradients that somebody changed after the backward pass, one site a step, in turn.
@@ -270,65 +323,44 @@ class Session:
         site = self._sites[self.step % len(self._sites)]
         grad = site.weight.grad
         if self._entrywise and grad is not None and not site.criterion.dense_gradient:
-            self._entrywise = not bool(grad.masked_select(~site.mask).any())
+            self._entrywise = not bool(whole(grad).masked_select(~site.mask).any())
 
     @torch.no_grad()
     def _after_step(self, optimizer: object, args: object, kwargs: object) -> None:
         for rule in self._rules.values():
-            if not rule.locked and rule.window.is_update(self.step):
-                progress = rule.window.progress(self.step)
-                target = rule.sites[0].decision.sparsity
-                update_masks(rule.sites, rule.sites[0].schedule.sparsity(progress, rule.initial, target), self._scores)
-                self._zero(rule.sites)
+            if rule.update(self.step, self.program, self.sampler):
                 self._sparsity = None
-            elif rule.sites[0].criterion.dense_gradient or not self._entrywise:
-                self._zero(rule.sites)
-        for site in self._sites:
-            ops.mark_clean(site.weight, site.mask)
-        self._write_log()
+                self._check_agreement(rule)
+            elif not self._entrywise:
+                rule.zero()
+            rule.mark_clean()
+        self._version, self._strays = self._weight_version(), 0
+        if self.log is not None:
+            self.log.write(self.step, self.sparsity, self._loss)
         self.step += 1
         if self.step == self.total_steps:
             self._check_reached()
 
-    @torch.no_grad()
-    def _zero(self, sites: tuple[MaskedSite, ...] | None = None) -> None:
-        """Make pruned weights and their optimizer moments exactly zero."""
-        for site in sites if sites is not None else self._sites:
-            kept = site.mask.view(torch.uint8)
-            site.weight.mul_(kept)
-            ops.mark_clean(site.weight, site.mask)
-            for value in self.optimizer.state.get(site.weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == site.weight.shape:
-                    value.mul_(kept)
+    def _check_agreement(self, rule: Rule) -> None:
+        name = differing({site.name: site.mask for site in rule.sites})
+        if name is not None:
+            raise SparsityError(
+                f"the processes chose different masks for {name}: their gradients differ; wrap the Program in "
+                f"DistributedDataParallel or fully_shard, and give all of them the same weights"
+            )
 
-    def _write_log(self) -> None:
-        if self.log is None:
-            return
-        loss = None if self._loss is None else float(self._loss)
-        entry = {
-            "step": self.step,
-            "sparsity": round(self.sparsity, 6),
-            "loss": loss if loss is None or math.isfinite(loss) else None,
-        }
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def _trim_log(self) -> None:
-        """Take out of the log what a killed run wrote after the state that is resumed now."""
-        if self.log is None or not self.log.is_file():
-            return
-        lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
-        with written(self.log) as path:
-            path.write_text("".join(lines[: self.step]), encoding="utf-8")
+    def _zero(self) -> None:
+        for rule in self._rules.values():
+            rule.zero()
 
     def _check_reached(self) -> None:
         for rule in self._rules.values():
             done, now, target = reached(rule.sites)
-            if not done:
+            if not done or rule.holds_weights:
                 raise SparsityError(
-                    f"training ended at step {self.step} of {self.total_steps} with sparsity {now:.4f} of {target} "
-                    f"({rule.sites[0].decision.pattern}); train to the end of the schedule (last update at step {rule.window.end})"
+                    f"training ended at step {self.step} of {self.total_steps} with sparsity {now:.4f} of {target:.4g} "
+                    f"({rule.description}); train to the end of the schedule (last update at step {rule.window.end}), or close "
+                    f"the session to leave it unfinished"
                 )
 
 
@@ -339,6 +371,14 @@ def _unwrap(module: nn.Module) -> Program:
             raise SparsityError(f"a session drives a Program, not {type(module).__name__}; use graphprune.transform")
         module = inner
     return module
+
+
+def _refuse_second(program: Program) -> None:
+    other = program.__dict__.get("_session")
+    if other is not None and other() is not None:
+        raise SparsityError(
+            "another session drives this Program already; close() it first, or its hooks would act twice"
+        )
 
 
 def _weak(session: Session, method: Any) -> Any:

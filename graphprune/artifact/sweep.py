@@ -1,0 +1,248 @@
+"""Sweep: prune one layer at a time, evaluate a metric, and record what that costs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import numbers
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.artifact.sensitivity import MeasuredSite, Sensitivity, SweepSettings
+from graphprune.errors import GraphPruneError, RecipeError, SparsityError
+from graphprune.ir.choosing import update_masks
+from graphprune.ir.masking import MaskedSite, masked_sites
+from graphprune.ir.program import Program
+from graphprune.ir.properties import Property
+from graphprune.pipeline.transform import transform
+from graphprune.sparsity.criteria import parse_criterion
+
+SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+"""Sparsities that a sweep measures unless it is told others."""
+
+Metric = Callable[[Program], object]
+"""A function of a Program, which is called like the model that it was traced from; returns a finite number."""
+
+_REPEATS = 1e-3
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def sensitivity(
+    model: nn.Module | Program,
+    metric: Metric,
+    example_inputs: Mapping[str, object] | tuple[object, ...] | Tensor | None = None,
+    *,
+    sparsities: Sequence[float] = SPARSITIES,
+    pattern: str = "4x1",
+    criterion: str = "magnitude",
+    lower_is_better: bool = False,
+    select: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    ops: Iterable[str] = (),
+    include_last: bool = False,
+    path: Path | str | None = None,
+    name: str | None = None,
+    metric_name: str | None = None,
+    in_place: bool = False,
+    watch: Callable[[int, int, str], None] | None = None,
+) -> Sensitivity:
+    """Measure what pruning each layer alone does to a metric.
+
+    Every layer is pruned once to every sparsity, without training, while all others stay dense. The metric is called
+    once for the dense model and once for each layer and sparsity, in eval mode and without gradients.
+
+    Args:
+        model: A module with weights, which is traced first, or a Program without masks. Its weights are not changed.
+        metric: Function of a Program that returns a finite number; the same one for the same Program.
+        example_inputs: As for ``trace``.
+        sparsities: Fractions in (0, 1), each once.
+        pattern: Sparsity pattern, as for ``insert-masks``.
+        criterion: What ranks the weights; one that needs no data.
+        lower_is_better: The metric is a loss.
+        select: Layers to measure, as for ``insert-masks``. Empty takes all.
+        exclude: Layers to leave out, in the same form.
+        ops: Operators to take, such as ``linear``.
+        include_last: Take the last layer before the output too.
+        path: JSON file that is written after every measurement. Where it is there already, with the same model, metric,
+            pattern, criterion and layers, only what it lacks is measured; it may hold other sparsities too.
+        name: What to call the model in the file; default: its class, in snake case.
+        metric_name: What to call the metric; default: ``module:function``.
+        in_place: Insert the masks into ``model`` where it is a Program, rather than into a copy.
+        watch: Called before each measurement with how many are done, how many there are, and what comes next.
+
+    Returns:
+        All measurements, those that the file held included.
+
+    Raises:
+        GraphPruneError: The metric fails or returns no finite number, or the file is of other settings or unreadable.
+        SparsityError: The model has masks or no weights, the criterion needs data, or a layer cannot reach a sparsity.
+        RecipeError: A sparsity is out of range or comes twice, or a name matches nothing.
+        TraceError: The model cannot be traced.
+    """
+    _check(model, sparsities, criterion)
+    options = {"select": select, "exclude": exclude, "ops": ops}
+    step = {
+        "pattern": pattern,
+        "sparsity": max(sparsities),
+        "max_sparsity": 1.0,
+        "criterion": criterion,
+        "schedule": "cubic",  # all is kept until somebody updates the masks
+        "scope": "local",
+        "include_last": include_last,
+        **{key: list(texts) for key, texts in options.items()},
+    }
+    program = transform(model, [{"insert-masks": step}], example_inputs, in_place=in_place).eval()
+    layers = _layers(program)
+    _check_reachable(layers, sparsities)
+    settings = SweepSettings(
+        model=name or program.name,
+        weights=_fingerprint(program),
+        metric=metric_name or f"{getattr(metric, '__module__', '')}:{getattr(metric, '__qualname__', repr(metric))}",
+        lower_is_better=lower_is_better,
+        pattern=pattern,
+        criterion=str(parse_criterion(criterion)),
+    )
+    empty = tuple(
+        MeasuredSite(title, tuple(site.name for site in sites), sum(site.weight.numel() for site in sites), {})
+        for title, sites in layers.items()
+    )
+    found = _continued(path, Sensitivity(settings, math.nan, empty))
+    return _measure(program, layers, metric, sorted(sparsities), found, path, watch)
+
+
+def _check(model: nn.Module | Program, sparsities: Sequence[float], criterion: str) -> None:
+    if not sparsities:
+        raise RecipeError("sparsities is empty; give one or more, such as 0.5 and 0.8")
+    for sparsity, times in Counter(sparsities).items():
+        if not 0.0 < sparsity < 1.0:
+            raise RecipeError(f"sparsity {sparsity} is not in (0, 1); write a fraction, 0.8 for 80 percent")
+        if times > 1:
+            raise RecipeError(f"sparsity {sparsity} is given twice")
+    if parse_criterion(criterion).needs_data:
+        raise SparsityError(f"criterion {criterion} needs data to rank weights; a sweep has none, use magnitude")
+    if isinstance(model, Program) and Property.MASKED in model.properties:
+        raise SparsityError("the Program has masks already; measure it before insert-masks, or after fold-masks")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SparsityError("the model has no weights (meta device), so there is nothing to measure; load them first")
+
+
+def _layers(program: Program) -> dict[str, tuple[MaskedSite, ...]]:
+    """What is pruned together, by name: single sites by their module where that is unique, and coupled blocks."""
+    sites = masked_sites(program)
+    modules = Counter(site.name.rpartition(".")[0] for site in sites)
+    layers: dict[str, tuple[MaskedSite, ...]] = {}
+    for site in sites:
+        module = site.name.rpartition(".")[0]
+        title = site.decision.coupling or (module if module and modules[module] == 1 else site.name)
+        layers[title] = (*layers.get(title, ()), site)
+    return layers
+
+
+def _check_reachable(layers: Mapping[str, tuple[MaskedSite, ...]], sparsities: Sequence[float]) -> None:
+    for title, sites in layers.items():
+        total = sum(site.weight.numel() for site in sites)
+        best = sum(site.pattern.max_sparsity(site.shape) * site.weight.numel() for site in sites) / total
+        if max(sparsities) > best + 1e-9:
+            raise SparsityError(
+                f"{title}: pattern {sites[0].decision.pattern} cannot reach sparsity {max(sparsities)} there; its most is "
+                f"{best:.4g}: measure lower sparsities, or exclude the layer"
+            )
+
+
+def _continued(path: Path | str | None, fresh: Sensitivity) -> Sensitivity:
+    """What an earlier sweep of the same settings left in a file, or ``fresh``."""
+    if path is None or not Path(path).exists():
+        return fresh
+    found = Sensitivity.load(path)
+    hint = "choose another file, or delete it to start anew"
+    if different := found.differences(fresh.settings):
+        raise GraphPruneError(f"{path} was measured with {different}; {hint}")
+    if [(site.name, site.weights) for site in found.sites] != [(site.name, site.weights) for site in fresh.sites]:
+        raise GraphPruneError(
+            f"{path} has {len(found.sites)} layers, not the {len(fresh.sites)} that select and exclude choose now; {hint}"
+        )
+    return found
+
+
+def _measure(
+    program: Program,
+    layers: Mapping[str, tuple[MaskedSite, ...]],
+    metric: Metric,
+    sparsities: Sequence[float],
+    found: Sensitivity,
+    path: Path | str | None,
+    watch: Callable[[int, int, str], None] | None,
+) -> Sensitivity:
+    todo = [(site.name, s) for site in found.sites for s in sparsities if s not in site.values]
+    total = len(layers) * len(sparsities) + 1
+    if not todo:
+        if watch is not None:
+            watch(total, total, "all is measured already")
+        return found
+    called = found.settings.metric
+    if watch is not None:
+        watch(total - len(todo) - 1, total, "dense")
+    dense = _evaluate(metric, program, called, "of the dense model")
+    if math.isnan(found.dense):
+        found = Sensitivity(found.settings, dense, found.sites)
+    elif not math.isclose(dense, found.dense, rel_tol=_REPEATS, abs_tol=1e-12):
+        raise GraphPruneError(
+            f"{path}: metric {called} of the dense model was {found.dense:.6g} when the sweep began and is {dense:.6g} now, so "
+            f"the metric or its data changed; choose another file, or delete it to start anew"
+        )
+    for done, (title, sparsity) in enumerate(todo, total - len(todo)):
+        if watch is not None:
+            watch(done, total, f"{title} at {sparsity:g}")
+        sites = layers[title]
+        try:
+            _prune(sites, sparsity)
+            value = _evaluate(metric, program, called, f"with {title} pruned to {sparsity:g}")
+        finally:
+            for site in sites:
+                site.mask.fill_(True)
+        found = found.with_value(title, sparsity, value)
+        if path is not None:
+            found.save(path)
+    if watch is not None:
+        watch(total, total, "done")
+    return found
+
+
+def _prune(sites: Sequence[MaskedSite], sparsity: float) -> None:
+    stored = {
+        site.name: site.criterion.initial(site.pattern, site.shape, device=site.weight.device, name=site.name)
+        for site in sites
+    }
+    update_masks(sites, sparsity, stored)
+
+
+@torch.no_grad()
+def _evaluate(metric: Metric, program: Program, called: str, where: str) -> float:
+    program.eval()
+    try:
+        value = metric(program)
+    except GraphPruneError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise GraphPruneError(f"metric {called} {where} failed with {type(error).__name__}: {error}") from error
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        shown = f"{value!r}" if isinstance(value, (numbers.Real, type(None))) else f"a {type(value).__name__}"
+        raise GraphPruneError(f"metric {called} {where} returned {shown}; it must return a finite number")
+    return float(value) + 0.0  # -0.0 is 0.0
+
+
+def _fingerprint(program: Program) -> str:
+    """Name all parameters' values in 16 hexadecimal digits; the same on every machine and number of threads."""
+    digest = hashlib.sha256()
+    for name, parameter in program.named_parameters():
+        bits = parameter.detach().contiguous().view(_BITS[parameter.element_size()])
+        digest.update(
+            f"{name} {tuple(parameter.shape)} {parameter.dtype} {int(bits.sum(dtype=torch.int64))}\n".encode()
+        )
+    return digest.hexdigest()[:16]
