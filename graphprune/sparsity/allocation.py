@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -138,10 +138,10 @@ def _share_alone(site: Units, bound: _Bounds, weights: int, sparsity: float) -> 
 
 
 def _share_global(sites: Sequence[Units], bounds: Sequence[_Bounds], weights: int, sparsity: float) -> list[Tensor]:
-    """Cut all sites at one threshold, fix the sites that this takes out of bounds, and cut the others again.
+    """Cut all sites at one threshold; where that comes near a bound, cut again with the bounds built into the scores.
 
-    Of too full and too empty sites, those of the larger total violation are fixed first: they stay out of
-    bounds whatever becomes of the others, so the fixed point does not depend on the order of the sites.
+    The units that a floor takes come first, whatever their scores, and those beyond a cap never: so the result is the nearest to
+    the goal that the bounds allow, and does not depend on the order of the sites.
     """
     reachable = sum(bound.cap - _SLACK for bound in bounds)
     goal = sparsity * weights
@@ -151,33 +151,28 @@ def _share_global(sites: Sequence[Units], bounds: Sequence[_Bounds], weights: in
             f"at most {reachable / max(1, weights):.6g} can be reached; "
             "lower the target, raise max_sparsity, or choose other patterns"
         )
-    counts = sum_histograms(histogram(site) for site in sites)
-    fixed: dict[int, Tensor] = {}
-    while True:
-        free = [index for index in range(len(sites)) if index not in fixed]
-        cuts = dict(zip(free, cut([sites[index] for index in free], counts, goal), strict=True))
-        moved = _out_of_bounds(sites, bounds, cuts)
-        if not moved:
-            return [fixed[index] if index in fixed else cuts[index] for index in range(len(sites))]
-        for index, mask in moved.items():
-            fixed[index] = mask
-            goal -= sites[index].size_of(mask)
-            counts -= histogram(sites[index])
+    chosen = cut(sites, sum_histograms(histogram(site) for site in sites), goal)
+    if all(_is_inside(*entry) for entry in zip(sites, bounds, chosen, strict=True)):
+        return chosen
+    bounded = [_bounded(site, bound) for site, bound in zip(sites, bounds, strict=True)]
+    goal = min(goal, float(sum(most for _, most in bounded)))
+    return cut([site for site, _ in bounded], sum_histograms(histogram(site) for site, _ in bounded), goal)
 
 
-def _out_of_bounds(sites: Sequence[Units], bounds: Sequence[_Bounds], cuts: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Return the masks of the sites to fix at a bound, {} where all are within theirs."""
-    over: dict[int, Tensor] = {}
-    under: dict[int, Tensor] = {}
-    excess = 0
-    for index, mask in cuts.items():
-        site, bound, size = sites[index], bounds[index], sites[index].size_of(mask)
-        if size > bound.cap:
-            (over[index],) = cut([site], histogram(site), bound.cap, exceed=False)
-            excess += size - site.size_of(over[index])
-        elif size + 1 <= bound.floor:
-            (raised,) = cut([site], histogram(site), bound.floor, exceed=False)
-            if site.size_of(raised) > size:
-                under[index] = raised
-                excess -= site.size_of(raised) - size
-    return over if over and excess >= 0 else under or over
+def _is_inside(site: Units, bound: _Bounds, chosen: Tensor) -> bool:
+    """Whether a choice is so far from both bounds that they cannot have mattered."""
+    size, largest = site.size_of(chosen), max(site.levels, default=0)
+    return (bound.floor < 1 or bound.floor <= size - largest) and (
+        size + largest <= bound.cap or site.total <= bound.cap
+    )
+
+
+def _bounded(site: Units, bound: _Bounds) -> tuple[Units, int]:
+    """The site with scores that hold its bounds, and how many weights it can lose."""
+    if bound.floor < 1 and site.total <= bound.cap:
+        return site, site.total
+    counts = histogram(site)
+    (first,) = cut([site], counts, bound.floor, exceed=False)
+    (last,) = cut([site], counts, bound.cap, exceed=False)
+    scores = site.scores.masked_fill(first, float("-inf")).masked_fill_(~last, float("inf"))
+    return replace(site, scores=scores), site.size_of(last)
