@@ -150,7 +150,7 @@ class InsertMasks(Pass):
                 f"pattern {self.pattern} fits none of {len(sites)} sites: {'; '.join(left_out.values()) or 'none found'}"
             )
         self._check_reachable(placements)
-        shares = share_out(placements, self.scope, self.sparsity, self.targets, self.max_sparsity)
+        shares = share_out(placements, self.scope, self.sparsity, self.targets, (self.min_sparsity, self.max_sparsity))
         rule = max(rules_of(already), default=-1) + 1
         dense = parse_criterion(self.criterion).dense_gradient
         add_masks(

@@ -42,7 +42,8 @@ def test_golden_one_shot_on_convolutions(golden: Golden) -> None:
 def test_a_second_rule_on_one_site_is_refused() -> None:
     program = run_passes(traced("mlp"), "insert-masks")
     text = str(program)
-    with pytest.raises(SparsityError, match=r"first\.weight has a mask already, from rule 0 \(insert-masks, 4x1\); rule 1 .*two rules on one site"):
+    message = r"first\.weight has a mask already, from rule 0 \(insert-masks, 4x1\); rule 1 .*two rules on one site"
+    with pytest.raises(SparsityError, match=message):
         InsertMasks().run(program)
     assert str(program) == text
     run_passes(program, "insert-masks{select=head}")

@@ -11,14 +11,11 @@ from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.ir.masking import masked_sites
-from graphprune.ir.sites import OPERATORS
 from graphprune.oneshot import prune
 from graphprune.oneshot.batches import bind_batches
-from graphprune.oneshot.inputs import geometry, input_rows
 from graphprune.oneshot.plan import Stop, make_plan
 from graphprune.oneshot.walk import Walker
 from graphprune.oneshot.weights import InMemory, Meter
-from graphprune.sparsity.layout import to_logical
 from graphprune.sparsity.patterns import parse_pattern
 from graphprune.sparsity.sparsegpt import SparseGPT
 from graphprune.sparsity.wanda import Wanda
@@ -170,54 +167,6 @@ def test_a_weight_used_several_times_sees_the_inputs_of_all_its_uses() -> None:
     assert torch.equal(head.weight, Wanda().prune(model.head.weight.detach(), statistic, parse_pattern("2:4"), 0.5)[0])
 
 
-@pytest.mark.parametrize("name", ["conv_bn", "grouped_conv", "resnet", "vit"])
-def test_conv_inputs_times_logical_weight_are_the_outputs(name: str) -> None:
-    program = masked(name, "wanda", include_last="true")
-    checked = 0
-
-    class Checker(torch.fx.Interpreter):
-        def run_node(self, node: torch.fx.Node) -> object:
-            nonlocal checked
-            result = super().run_node(node)
-            operator = OPERATORS.get(node.target)
-            if operator is not None and operator.name.startswith("conv"):
-                x, weight = self.env[node.args[0]], self.env[node.args[1]]
-                rows = input_rows(x, geometry(node, operator, tuple(weight.shape)))
-                logical = to_logical(weight, operator.layout)
-                made = rows @ logical.unflatten(0, (len(rows), -1)).mT  # [groups, tokens, out/groups]
-                bias = node.args[2] if len(node.args) > 2 else None
-                bare = result if bias is None else result - self.env[bias].view(-1, *[1] * (result.dim() - 2))
-                torch.testing.assert_close(
-                    made.permute(1, 0, 2).flatten(1), bare.movedim(1, -1).flatten(0, -2), rtol=1e-4, atol=1e-5
-                )
-                checked += 1
-            return result
-
-    program.eval()
-    with torch.no_grad():
-        Checker(program).run(*bind_batches(program, data(name)[:1], [])[0].values())
-    assert checked > 0
-
-
-@pytest.mark.parametrize("padding", ["same", "valid", 2])
-@pytest.mark.parametrize("kernel", [2, 3])
-def test_every_padding(padding: str | int, kernel: int) -> None:
-    conv = nn.Conv1d(4, 6, kernel, padding=padding, dilation=2, groups=2)
-    program = gp.transform(
-        conv,
-        "insert-masks{pattern=1:2,sparsity=0.5,criterion=wanda,schedule=one-shot,scope=local,include_last=true}",
-        (torch.randn(3, 4, 12),),
-    )
-    (site,) = masked_sites(program)
-    plan = make_plan(program, [site], ["input"])
-    (use,) = plan.stops[0].uses
-    x = torch.randn(3, 4, 12)
-    rows = input_rows(x, use.shape)
-    made = rows @ to_logical(conv.weight.detach(), site.decision.layout).unflatten(0, (2, -1)).mT
-    expected = (conv(x) - conv.bias.view(-1, 1)).movedim(1, -1).flatten(0, 1).detach()
-    torch.testing.assert_close(made.permute(1, 0, 2).flatten(1), expected)
-
-
 def test_values_are_freed_after_their_last_use() -> None:
     program = masked("bert_sequence", "wanda").eval()
     batches = bind_batches(program, data("bert_sequence"), [])
@@ -287,6 +236,24 @@ def test_magnitude_needs_no_data_and_rules_can_differ() -> None:
     assert torch.equal(shown["first.weight"].weight, first * shown["first.weight"].mask)
     alone = run_passes(traced("mlp"), text.split(",insert-masks")[0])
     assert prune(alone).sparsity == pytest.approx(0.5)
+
+
+def test_locked_masks_stay() -> None:
+    program = traced("mlp")
+    with torch.no_grad():
+        program.tensor("first.weight")[:, ::2] = 0.0
+    more = "insert-masks{pattern=2:4,sparsity=0.5,criterion=wanda,schedule=one-shot,scope=local,select=second}"
+    program = run_passes(program, f"lock-masks{{select=first}},{more}")
+    report = prune(program, data("mlp"))
+    assert [site.name for site in report.sites] == ["second.weight"]
+    locked = masked_sites(program)[0]
+    assert not locked.mask[:, ::2].any()
+    assert locked.mask[:, 1::2].all()
+    alone = traced("mlp")
+    alone.tensor("first.weight").data.zero_()
+    alone = run_passes(alone, "lock-masks{select=first}")
+    with pytest.raises(gp.SparsityError, match="no masks to choose"):
+        prune(alone)
 
 
 def test_targets_of_single_sites() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -75,7 +76,7 @@ def test_a_held_weight_can_come_back(program: gp.Program) -> None:
     for step in range(STEPS):
         train(masked, optimizer, range(step, step + 1))
         seen.append(torch.cat([site.mask.flatten() for site in masked_sites(masked)]))
-    assert any(bool((later & ~earlier).any()) for earlier, later in zip(seen, seen[1:], strict=False))
+    assert any(bool((later & ~earlier).any()) for earlier, later in itertools.pairwise(seen))
     assert session.done
 
 
@@ -142,7 +143,7 @@ def test_acdc_alternates(program: gp.Program) -> None:
     assert {0.0, 0.75} == set(seen)
     assert seen[0] == 0.0
     assert seen[-1] == 0.75
-    assert sum(first != second for first, second in zip(seen, seen[1:], strict=False)) >= 3
+    assert sum(first != second for first, second in itertools.pairwise(seen)) >= 3
 
 
 def test_progressive_goes_in_parts_and_whole_blocks(program: gp.Program) -> None:
@@ -153,7 +154,7 @@ def test_progressive_goes_in_parts_and_whole_blocks(program: gp.Program) -> None
         seen.append(session.sparsity)
         for site in masked_sites(masked):
             assert site.pattern.holds(site.logical_mask)
-    steps = [later - earlier for earlier, later in zip(seen, seen[1:], strict=False)]
+    steps = [later - earlier for earlier, later in itertools.pairwise(seen)]
     assert all(step >= -1e-9 for step in steps)
     assert sum(step > 0 for step in steps) >= 5  # three updates alone would give three
     assert max(steps) < 0.4

@@ -234,7 +234,11 @@ def _inspected(site: Site, zeros: int | None, tried: Mapping[str, Pattern]) -> I
         parameters=site.parameters,
         macs=site.macs,
         sparsity=None if zeros is None else zeros / max(site.parameters, 1),
-        patterns=tuple(text for text, pattern in tried.items() if pattern.bound(kernel=site.kernel, groups=site.groups).misfit(site.shape) is None),
+        patterns=tuple(
+            text
+            for text, pattern in tried.items()
+            if pattern.bound(kernel=site.kernel, groups=site.groups).misfit(site.shape) is None
+        ),
     )
 
 

@@ -106,19 +106,24 @@ def coupled(program: Program, sites: Sequence[Site], kind: str) -> tuple[list[Pl
 
 
 def share_out(
-    placements: Sequence[Placement], scope: str, sparsity: float, targets: Sequence[str], max_sparsity: float
+    placements: Sequence[Placement],
+    scope: str,
+    sparsity: float,
+    targets: Sequence[str],
+    bounds: tuple[float, float],
 ) -> list[float | None]:
-    """Give each site its sparsity, or None where sites compete for a common one.
+    """Give each site its sparsity within ``bounds`` (least, most), or None where sites compete for a common one.
 
     Raises:
         SparsityError: A target is malformed, out of range or matches no site, or the caps make the sparsity unreachable.
     """
+    least, most = bounds
     if scope == "global":
         return [None] * len(placements)
     if scope != "local":
         shapes = [item.site.stored_shape for item in placements]
-        caps = [min(max_sparsity, item.bound.max_sparsity(item.site.shape)) for item in placements]
-        return [*erdos_renyi(shapes, sparsity, kernel=scope.endswith("kernel"), max_sparsity=caps)]
+        caps = [min(most, item.bound.max_sparsity(item.site.shape)) for item in placements]
+        return [*erdos_renyi(shapes, sparsity, kernel=scope.endswith("kernel"), max_sparsity=caps, min_sparsity=least)]
     shares: dict[str, float] = {item.site.name: sparsity for item in placements}
     for text in targets:
         name, _, number = text.rpartition("=")
@@ -126,9 +131,9 @@ def share_out(
             value = float(number)
         except ValueError:
             value = -1.0
-        if not name or not 0.0 <= value <= max_sparsity:
+        if not name or not least <= value <= most:
             raise SparsityError(
-                f"targets: {text!r} is no name=sparsity with a fraction in [0, max_sparsity={max_sparsity}]"
+                f"targets: {text!r} is no name=sparsity with a fraction in [min_sparsity={least}, max_sparsity={most}]"
             )
         shares.update(dict.fromkeys(matching([item.site for item in placements], [name.strip()], "targets"), value))
     return [shares[item.site.name] for item in placements]

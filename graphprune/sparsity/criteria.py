@@ -18,12 +18,12 @@ from graphprune.sparsity.wanda import Wanda
 
 __all__ = [
     "CRITERIA",
+    "L0",
     "OBS",
     "AccumulatedCriterion",
     "BlockMask",
     "Criterion",
     "Gradient",
-    "L0",
     "Magnitude",
     "Movement",
     "Random",
