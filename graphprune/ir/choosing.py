@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,8 @@ def update_masks(
     Raises:
         SparsityError: NaN scores, or the sparsity cannot be reached under the caps; names the site.
     """
-    for site, mask in zip(sites, choose_masks(sites, sparsity, stored, progress=progress), strict=True):
+    for place, mask in _chosen(sites, sparsity, stored, progress):  # one mask at a time: they are large
+        site = sites[place]
         adjusted = site.criterion.compensate(stored.get(site.name), site.logical_weight, mask, site.pattern)
         if adjusted is not None:
             value = from_logical(adjusted, site.decision.layout, tuple(site.weight.shape))
@@ -79,6 +80,14 @@ def choose_masks(
     Returns:
         Logical masks ``[out, in]``, True = kept.
     """
+    masks = dict(_chosen(sites, sparsity, stored, progress))
+    return [masks[place] for place in range(len(sites))]
+
+
+def _chosen(
+    sites: Sequence[MaskedSite], sparsity: float | Sequence[float], stored: Mapping[str, Tensor | None], progress: float
+) -> Iterator[tuple[int, Tensor]]:
+    """Allocate, then yield the index of each site and its mask."""
     decision = sites[0].decision
     scores = scores_of(sites, stored, progress)
     entries = _entries(sites, scores)
@@ -95,13 +104,11 @@ def choose_masks(
         min_sparsity=decision.min_sparsity,
         names=[entry.name for entry in entries],
     )
-    masks: dict[int, Tensor] = {}
     for entry, prune in zip(entries, chosen, strict=True):
         prune = _rearranged(sites, stored, entry, prune)
         for place in entry.places:
             units = _units_of(sites[place], prune) if sites[place].decision.coupling else prune
-            masks[place] = sites[place].pattern.mask(scores[place], units, sites[place].shape)
-    return [masks[place] for place in range(len(sites))]
+            yield place, sites[place].pattern.mask(scores[place], units, sites[place].shape)
 
 
 @torch.no_grad()

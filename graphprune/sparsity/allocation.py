@@ -6,6 +6,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from graphprune.errors import SparsityError
@@ -138,7 +139,7 @@ def _share_alone(site: Units, bound: _Bounds, weights: int, sparsity: float) -> 
 
 
 def _share_global(sites: Sequence[Units], bounds: Sequence[_Bounds], weights: int, sparsity: float) -> list[Tensor]:
-    """Cut all sites at one threshold; where that comes near a bound, cut again with the bounds built into the scores.
+    """Cut all sites at one threshold; build the bounds of sites that come near theirs into the scores, and cut again.
 
     The units that a floor takes come first, whatever their scores, and those beyond a cap never: so the result is the nearest to
     the goal that the bounds allow, and does not depend on the order of the sites.
@@ -151,12 +152,21 @@ def _share_global(sites: Sequence[Units], bounds: Sequence[_Bounds], weights: in
             f"at most {reachable / max(1, weights):.6g} can be reached; "
             "lower the target, raise max_sparsity, or choose other patterns"
         )
-    chosen = cut(sites, sum_histograms(histogram(site) for site in sites), goal)
-    if all(_is_inside(*entry) for entry in zip(sites, bounds, chosen, strict=True)):
-        return chosen
-    bounded = [_bounded(site, bound) for site, bound in zip(sites, bounds, strict=True)]
-    goal = min(goal, float(sum(most for _, most in bounded)))
-    return cut([site for site, _ in bounded], sum_histograms(histogram(site) for site, _ in bounded), goal)
+    counts = sum_histograms(histogram(site) for site in sites)
+    bounded = list(sites)
+    room = sum(site.total for site in sites)
+    free = set(range(len(sites)))
+    while True:
+        chosen = cut(bounded, counts, min(goal, float(room)))
+        near = [index for index in free if not _is_inside(sites[index], bounds[index], chosen[index])]
+        if not near:
+            return chosen
+        for index in near:
+            own = histogram(sites[index])
+            bounded[index], most = _bounded(sites[index], bounds[index], own)
+            counts += histogram(bounded[index]) - own
+            room += most - sites[index].total
+        free.difference_update(near)
 
 
 def _is_inside(site: Units, bound: _Bounds, chosen: Tensor) -> bool:
@@ -167,12 +177,13 @@ def _is_inside(site: Units, bound: _Bounds, chosen: Tensor) -> bool:
     )
 
 
-def _bounded(site: Units, bound: _Bounds) -> tuple[Units, int]:
-    """The site with scores that hold its bounds, and how many weights it can lose."""
-    if bound.floor < 1 and site.total <= bound.cap:
-        return site, site.total
-    counts = histogram(site)
-    (first,) = cut([site], counts, bound.floor, exceed=False)
-    (last,) = cut([site], counts, bound.cap, exceed=False)
-    scores = site.scores.masked_fill(first, float("-inf")).masked_fill_(~last, float("inf"))
-    return replace(site, scores=scores), site.size_of(last)
+def _bounded(site: Units, bound: _Bounds, counts: Tensor) -> tuple[Units, int]:
+    """The site with scores that hold its bounds, and how many weights it can lose; ``counts`` is its histogram."""
+    scores, most = site.scores, site.total
+    if site.total > bound.cap:
+        (last,) = cut([site], counts, bound.cap, exceed=False)
+        scores, most = torch.where(last, scores, torch.inf), site.size_of(last)
+    if bound.floor >= 1:
+        (first,) = cut([site], counts, bound.floor, exceed=False)
+        scores = torch.where(first, -torch.inf, scores)
+    return replace(site, scores=scores), most

@@ -1,14 +1,15 @@
 """Exact selection of the smallest scores of many tensors, without ever putting them into one.
 
 Scores are ordered by their float32 bits: a histogram of the high 16 bits, summed over the tensors, tells in
-which bucket the threshold lies; a histogram of the low 16 bits of that bucket's members tells the threshold
-itself. Both passes go in chunks that stay in cache, so the extra memory is a few MB whatever the number of
-scores. Negative scores are ordered too, and -0.0 equals 0.0.
+which bucket the threshold lies. The few members of that bucket are sorted; where they are many, because scores
+are equal, a histogram of their low 16 bits tells the threshold instead. Passes go in chunks that stay in cache,
+so the extra memory is a few MB whatever the number of scores. Negative scores are ordered too, and -0.0 equals 0.0.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from graphprune.errors import SparsityError
 
 _CHUNK = 1 << 18
+_FEW = 1 << 20
+"""Weights in a bucket that are sorted, 8 MB or so; more are counted."""
 _HALF = 1 << 15
 _BUCKETS = 1 << 16
 _INFINITY = 0x7F80
@@ -134,17 +137,74 @@ def cut(sites: Sequence[Units], counts: Tensor, goal: float, *, exceed: bool = T
     goal = min(goal, float(counts.sum()))
     if goal <= 0.0:
         return [torch.zeros_like(site.scores, dtype=torch.bool) for site in sites]
-    threshold = _threshold(sites, counts, goal)
-    chosen = [site.scores < threshold for site in sites]
-    for site, mask in zip(sites, chosen, strict=True):
-        if not isinstance(site.sizes, int):
-            mask.logical_and_(site.sizes > 0)
+    place, below = _crossing(counts, goal)
+    if int(counts[place]) <= _FEW:
+        return _cut_sorted(sites, place, goal - below, exceed)
+    threshold = _threshold(sites, place, goal - below)
+    chosen = [_below(site, threshold) for site in sites]
     left = goal - sum(site.size_of(mask) for site, mask in zip(sites, chosen, strict=True))
     for site, mask in reversed(list(zip(sites, chosen, strict=True))):
         left = _take_ties(site, mask, threshold, left, exceed)
         if left <= 0.0:
             break
     return chosen
+
+
+def _below(site: Units, threshold: float) -> Tensor:
+    """Mark the units with smaller scores; those of size 0 never."""
+    mask = site.scores < threshold
+    return mask if isinstance(site.sizes, int) else mask.logical_and_(site.sizes > 0)
+
+
+def _cut_sorted(sites: Sequence[Units], place: int, left: float, exceed: bool) -> list[Tensor]:
+    """Mark all units below a bucket, and of its members, in ascending order, those whose weights add up to ``left``."""
+    low, high = _edges(place)
+    chosen, found = [], []
+    for number, site in enumerate(sites):
+        mask = _below(site, low)
+        inside = (site.scores <= high).logical_and_(mask.logical_not())
+        if not isinstance(site.sizes, int):
+            inside.logical_and_(site.sizes > 0)
+        places = inside.nonzero().flatten()
+        sizes = torch.full_like(places, site.sizes) if isinstance(site.sizes, int) else site.sizes[places]
+        found.append((torch.full_like(places, number), places, site.scores[places] + 0.0, sizes))
+        chosen.append(mask)
+    device = sites[0].scores.device
+    numbers, places, scores, sizes = (
+        torch.cat([part.to(device) for part in parts]) for parts in zip(*found, strict=True)
+    )
+    order = scores.flip(0).sort(stable=True).indices  # of equal scores the last one goes first
+    order = len(order) - 1 - order
+    count = _prefix(sizes[order], left, exceed)
+    for number in torch.unique(numbers[order[:count]]).tolist():
+        picked = order[:count][numbers[order[:count]] == number]
+        chosen[number][places[picked].to(chosen[number].device)] = True
+    return chosen
+
+
+def _prefix(sizes: Tensor, left: float, exceed: bool) -> int:
+    """Return how many of some units, in order, come nearest to ``left`` weights; of two equally near sums the larger."""
+    sums = sizes.cumsum(0)
+    count = int(torch.searchsorted(sums, math.floor(left), right=True))
+    if exceed and count < len(sums):
+        above, under = int(sums[count]) - left, left - (int(sums[count - 1]) if count else 0)
+        count += above <= under
+    return count
+
+
+def _edges(place: int) -> tuple[float, float]:
+    """Return the smallest and the largest score of a bucket of the ordered histogram, both inside."""
+    if place >= _HALF:
+        first = (place - _HALF) << 16
+        low, high = _number(first), _number(first | _BUCKETS - 1)
+    else:
+        first = ((-1 - place) << 16) & 0xFFFFFFFF
+        low, high = _number(first | _BUCKETS - 1), _number(first | (first == 0x80000000))  # -0.0 counts as 0.0
+    return (float("-inf") if math.isnan(low) else low), (float("inf") if math.isnan(high) else high)
+
+
+def _number(bits: int) -> float:
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
 
 
 def select_smallest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
@@ -195,9 +255,8 @@ def _refuse_nan(units: Units, seen: Tensor) -> None:
         )
 
 
-def _threshold(sites: Sequence[Units], counts: Tensor, goal: float) -> float:
-    """Return the score at which the cumulated weights first reach ``goal > 0``."""
-    place, below = _crossing(counts, goal)
+def _threshold(sites: Sequence[Units], place: int, goal: float) -> float:
+    """Return the score in a bucket at which the cumulated weights of its members first reach ``goal > 0``."""
     high = place - _HALF if place >= _HALF else -1 - place  # larger bits are smaller numbers where the sign bit is set
     fine = torch.zeros(_BUCKETS, dtype=torch.int64)
     for site in sites:
@@ -211,7 +270,7 @@ def _threshold(sites: Sequence[Units], counts: Tensor, goal: float) -> float:
             for level in site.levels:
                 picked = low if sizes is None else low[sizes == level]
                 fine.add_(torch.bincount(picked, minlength=_BUCKETS).cpu(), alpha=level)
-    place, _ = _crossing(fine.flip(0) if high < 0 else fine, goal - below)
+    place, _ = _crossing(fine.flip(0) if high < 0 else fine, goal)
     low_bits = _BUCKETS - 1 - place if high < 0 else place
     return float(torch.tensor((high << 16) | low_bits, dtype=torch.int32).view(torch.float32))
 
@@ -234,10 +293,6 @@ def _take_ties(site: Units, chosen: Tensor, threshold: float, left: float, excee
         return left - weights
     places = ties.nonzero().flatten().flip(0)
     sizes = torch.full_like(places, site.sizes) if isinstance(site.sizes, int) else site.sizes[places]
-    sums = sizes.cumsum(0)
-    count = int(torch.searchsorted(sums, math.floor(left), right=True))
-    above, under = int(sums[count]) - left, left - (int(sums[count - 1]) if count else 0)
-    if exceed and above <= under:
-        count += 1
+    count = _prefix(sizes, left, exceed)
     chosen[places[:count]] = True
     return 0.0
