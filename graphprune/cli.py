@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from graphprune.arguments import assignments, example_inputs
-from graphprune.commands_prune import prune
-from graphprune.commands_sensitivity import sensitivity
-from graphprune.console import (
+from graphprune.commands.arguments import assignments, example_inputs
+from graphprune.commands.console import (
     AsJson,
     Exclude,
     IncludeLast,
@@ -34,6 +32,8 @@ from graphprune.console import (
     show,
     to_stderr,
 )
+from graphprune.commands.prune import prune
+from graphprune.commands.sensitivity import sensitivity
 from graphprune.errors import GraphPruneError, RecipeError, suggest
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def verify(
 @app.command()
 def passes() -> None:
     """List the installed passes with their options and defaults, and what they require and establish."""
-    from graphprune.tables import passes_table
+    from graphprune.commands.tables import passes_table
 
     show(passes_table())
 
@@ -275,7 +275,7 @@ def passes() -> None:
 @app.command()
 def targets() -> None:
     """List the installed targets, what each does with sparsity and number formats, and its libraries."""
-    from graphprune.tables import targets_table
+    from graphprune.commands.tables import targets_table
 
     show(targets_table())
 

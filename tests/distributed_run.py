@@ -22,7 +22,20 @@ from tests.blocked import Stack
 from tests.families import FAMILIES, STEPS, base, batch
 
 BLOCKS = "blocks"
-CHOSEN = (BLOCKS, "snip_momentum", "magnitude", "movement", "retrain_free", "rigl", "top_kast", "progressive", "mixed", "obs", "l0", "lock")
+CHOSEN = (
+    BLOCKS,
+    "snip_momentum",
+    "magnitude",
+    "movement",
+    "retrain_free",
+    "rigl",
+    "top_kast",
+    "progressive",
+    "mixed",
+    "obs",
+    "l0",
+    "lock",
+)
 
 
 def objective(output: Tensor, data: object = None) -> Tensor:

@@ -94,7 +94,7 @@ def test_trained_with_a_session(criterion: str) -> None:
 
 def test_exported_and_verified(tmp_path: Path) -> None:
     program = run_passes(traced("bert_sequence"), f"insert-masks{{pattern=head,sparsity=0.5,{ONCE}}}")
-    program = run_passes(program, f"insert-masks{{pattern=neuron,sparsity=0.5,exclude=[\"*pooler*\"],{ONCE}}}")
+    program = run_passes(program, f'insert-masks{{pattern=neuron,sparsity=0.5,exclude=["*pooler*"],{ONCE}}}')
     artifact = gp.export(program, target="onnx", out=tmp_path / "out")
     gp.verify(tmp_path / "out")
     patterns = {site.pattern for site in artifact.manifest.sites}

@@ -110,7 +110,15 @@ def test_decision_holds_the_options() -> None:
     )
     decision = masked_sites(program)[0].decision
     assert decision == Masking(
-        "8x1", 0.7, 0.7, schedule="cubic", scope="local", warm_up=3, cool_down=0.1, frequency=5, criterion="snip_momentum"
+        "8x1",
+        0.7,
+        0.7,
+        schedule="cubic",
+        scope="local",
+        warm_up=3,
+        cool_down=0.1,
+        frequency=5,
+        criterion="snip_momentum",
     )
 
 

@@ -45,7 +45,9 @@ def test_pruned_weights_and_moments_are_zero_in_the_end(program: gp.Program, fam
             if isinstance(value, Tensor) and value.shape == site.weight.shape:
                 assert (value[~site.mask] == 0).all()
         assert site.pattern.holds(site.logical_mask)
-    stored = {name: value.clone() for name, value in masked.named_parameters() if family != "l0"}  # its gates are folded
+    stored = {
+        name: value.clone() for name, value in masked.named_parameters() if family != "l0"
+    }  # its gates are folded
     fold = gp.transform(masked, "fold-masks")
     torch.testing.assert_close(fold.eval()(batch(0)), masked.eval()(batch(0)), rtol=0, atol=0)
     assert all(torch.equal(value, fold.get_parameter(name)) for name, value in stored.items())
@@ -164,7 +166,8 @@ def test_group_lasso_shrinks_units_and_stays_finite(program: gp.Program) -> None
     norms = {}
     for regularizer in ("none", '"group_lasso(strength=0.05)"'):
         masked = gp.transform(
-            program, f"insert-masks{{criterion=magnitude,sparsity=0.5,warm_up=0.8,cool_down=0,regularizer={regularizer}}}"
+            program,
+            f"insert-masks{{criterion=magnitude,sparsity=0.5,warm_up=0.8,cool_down=0,regularizer={regularizer}}}",
         )
         with torch.no_grad():
             masked_sites(masked)[0].weight[:4] = 0.0  # a dead unit has norm zero

@@ -67,7 +67,9 @@ class SiteEntry(_Entry):
     @property
     def bound_pattern(self) -> Pattern | None:
         """The pattern for the geometry of this weight, if it was pruned."""
-        return None if self.pattern is None else parse_pattern(self.pattern).bound(kernel=self.kernel, groups=self.groups)
+        return (
+            None if self.pattern is None else parse_pattern(self.pattern).bound(kernel=self.kernel, groups=self.groups)
+        )
 
 
 class Parity(_Entry):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphprune.arguments import example_inputs, fractions
-from graphprune.console import (
+from graphprune.commands.arguments import example_inputs, fractions
+from graphprune.commands.console import (
     AsJson,
     Exclude,
     IncludeLast,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from graphprune.console import AsJson, note, quiet_stdout, show
+from graphprune.commands.console import AsJson, note, quiet_stdout, show
 from graphprune.errors import GraphPruneError, suggest
 
 _DTYPES = ("float32", "bfloat16", "float16")
