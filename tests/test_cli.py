@@ -43,7 +43,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["inspect", "sensitivity", "prune", "transform", "export", "verify", "passes", "targets", "demo"])
+@pytest.mark.parametrize(
+    "command", ["inspect", "sensitivity", "prune", "transform", "export", "verify", "passes", "targets", "demo"]
+)
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -167,7 +169,12 @@ def test_expected_errors_are_one_message(arguments: list[str], message: str) -> 
 
 
 def test_usage_errors_have_exit_code_2() -> None:
-    for arguments in (["inspect"], ["inspect", "sensitivity", "prune", "--no-such-option", "x"], ["no-such-command"], ["export", "x"]):
+    for arguments in (
+        ["inspect"],
+        ["inspect", "sensitivity", "prune", "--no-such-option", "x"],
+        ["no-such-command"],
+        ["export", "x"],
+    ):
         result = run(*arguments)
         assert result.exit_code == 2
         assert result.stdout == ""

@@ -142,8 +142,7 @@ class Experiment:
 
     @property
     def _dense_settings(self) -> dict[str, float]:
-        names = ("phrases", "length", "tokens", "dense_steps", "dense_rate", "rising")
-        return {name: getattr(self.settings, name) for name in names}
+        return self.settings.of_row(DENSE)
 
     def _dense_file(self, seed: int) -> Path:
         return self.out / f"dense-{seed}.pt"
@@ -232,7 +231,7 @@ def finished(out: Path, settings: Settings) -> dict[tuple[str, int], Result]:
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             result = Result(**json.loads(line))
-            if result.settings == asdict(settings):
+            if Settings(**result.settings).of_row(result.row) == settings.of_row(result.row):
                 found[result.row, result.seed] = result
     return found
 

@@ -6,7 +6,7 @@ import gzip
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ class Settings:
     tokens: int = 256
     dense_steps: int = 1600
     dense_rate: float = 1e-4
-    prune_steps: int = 2400
-    prune_rate: float = 7e-4
+    prune_steps: int = 800
+    prune_rate: float = 3e-4
     rising: float = 0.05
     warm_up: float = 0.03
     cool_down: float = 0.6
@@ -60,6 +60,11 @@ class Settings:
     hidden: float = 3.0
     labels: float = 0.5
     temperature: float = 2.0
+
+    def of_row(self, row: str) -> dict[str, float]:
+        """The numbers that a row depends on: the dense one does not ask how the others are pruned."""
+        names = ("phrases", "length", "tokens", "dense_steps", "dense_rate", "rising") if row == DENSE else asdict(self)
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def quick(cls) -> Settings:
