@@ -142,14 +142,14 @@ def test_passes_and_targets() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "sensitivity", "prune", "./nowhere"], "no such model"),
-        (["inspect", "sensitivity", "prune", "no-such-model/at-all"], "neither a local folder"),
-        (["inspect", "sensitivity", "prune", "tests.models:mpl"], "did you mean 'mlp'"),
-        (["inspect", "sensitivity", "prune", "tests.models:mlp"], "example_inputs"),
-        (["inspect", "sensitivity", "prune", *_MLP, "--select", "frist"], "did you mean 'first'"),
-        (["inspect", "sensitivity", "prune", "tests.models:mlp", "--input", "x=4by16"], "write NAME=SHAPE"),
-        (["inspect", "sensitivity", "prune", "tests.models:mlp", "--input", "x"], "write NAME=VALUE"),
-        (["inspect", "sensitivity", "prune", "tests.models:mlp", "--input", "x=4x16:flaot"], "write NAME=SHAPE"),
+        (["inspect", "./nowhere"], "no such model"),
+        (["inspect", "no-such-model/at-all"], "neither a local folder"),
+        (["inspect", "tests.models:mpl"], "did you mean 'mlp'"),
+        (["inspect", "tests.models:mlp"], "example_inputs"),
+        (["inspect", *_MLP, "--select", "frist"], "did you mean 'first'"),
+        (["inspect", "tests.models:mlp", "--input", "x=4by16"], "write NAME=SHAPE"),
+        (["inspect", "tests.models:mlp", "--input", "x"], "write NAME=VALUE"),
+        (["inspect", "tests.models:mlp", "--input", "x=4x16:flaot"], "write NAME=SHAPE"),
         (["transform", *_MLP, "-p", "insert-msaks"], "did you mean 'insert-masks'"),
         (["transform", *_MLP, "-p", "insert-masks{sparsity=80}"], "is not in"),
         (["transform", *_MLP, "-p", "insert-masks{"], "column 14"),
@@ -171,7 +171,7 @@ def test_expected_errors_are_one_message(arguments: list[str], message: str) -> 
 def test_usage_errors_have_exit_code_2() -> None:
     for arguments in (
         ["inspect"],
-        ["inspect", "sensitivity", "prune", "--no-such-option", "x"],
+        ["inspect", "--no-such-option", "x"],
         ["no-such-command"],
         ["export", "x"],
     ):

@@ -229,7 +229,7 @@ def test_circles(variables: str) -> None:
         ),
         ("pipeline: [insert-masks: {sparsity: '0.5'}]", r"pipeline\[0\]\.insert-masks\.sparsity: .*not '0.5'"),
         ("pipeline: [insert-masks: {sparsity: true}]", r"pipeline\[0\]\.insert-masks\.sparsity: .*not True"),
-        ("pipeline: [insert-masks: {frequency: 1.5}]", r"pipeline\[0\]\.insert-masks\.frequency: .*not 1.5"),
+        ("pipeline: [insert-masks: {frequency: 1.5}]", r"pipeline\[0\]\.insert-masks: frequency=1.5 is no length"),
         ("pipeline: [insert-masks: {pattern: 4}]", r"pipeline\[0\]\.insert-masks\.pattern: .*not 4"),
         ("pipeline: [insert-masks: {select: [1]}]", r"pipeline\[0\]\.insert-masks\.select: .*not 1"),
         ("pipeline: [fold-masks: {allow_unfinished: 1}]", r"allow_unfinished: .*not 1"),
