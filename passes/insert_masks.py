@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graphprune.errors import SparsityError, suggest
-from graphprune.ir.choosing import update_masks
+from graphprune.ir.choosing import choose_without_data
 from graphprune.ir.gates import insert_gates
 from graphprune.ir.masking import Masking, masked_sites, rules_of, sparsity_of
 from graphprune.ir.placing import Placement, add_masks, coupled, each, share_out
@@ -167,14 +167,8 @@ class InsertMasks(Pass):
             "weights": sum(item.site.parameters for item in placements),
         }
         if not mine[0].weight.is_meta:
-            criterion = mine[0].criterion
-            if isinstance(mine[0].schedule, OneShot) and not criterion.needs_data:
-                stored = {
-                    site.name: criterion.initial(site.pattern, site.shape, device=site.weight.device, name=site.name)
-                    for site in mine
-                }
-                wanted = self.sparsity if shares[0] is None else [site.decision.share or 0.0 for site in mine]
-                update_masks(mine, wanted, stored)
+            if isinstance(mine[0].schedule, OneShot) and not mine[0].criterion.needs_data:
+                choose_without_data(mine)
             stats["sparsity"] = round(sparsity_of(mine), 6)
         return PassResult(program, True, stats, Coverage(names, left_out))
 

@@ -58,7 +58,7 @@ def test_half_precision_is_scored_in_float32():
     expected = pattern.reduce((weight.float() * weight.float()).abs())
     torch.testing.assert_close(SnipMomentum().accumulate(None, weight, weight, pattern), expected)
     assert Magnitude().scores(None, weight, pattern).dtype == torch.float32
-    low = SnipMomentum().initial(pattern, (4, 4), device="cpu", dtype=torch.bfloat16)
+    low = SnipMomentum().initial(pattern, (4, 4), device="cpu").to(torch.bfloat16)
     assert SnipMomentum().accumulate(low, weight, weight, pattern).dtype == torch.bfloat16
 
 

@@ -33,7 +33,7 @@ def sampled(
     mixing = torch.randn(shape[0] * shape[1], shape[0] * shape[1], generator=generator)
     grads = (torch.randn(criterion.samples, mixing.shape[0], generator=generator) @ mixing).view(-1, *shape) * scale
     pattern = parse_pattern(text)
-    stored = criterion.initial(pattern, shape, device="cpu", dtype=dtype)
+    stored = criterion.initial(pattern, shape, device="cpu").to(dtype)
     for grad in grads:
         assert criterion.accumulate(stored, weight, grad, pattern) is stored
     assert stored is not None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graphprune.artifact.sensitivity import MeasuredSite, Sensitivity, SweepSettings
 from graphprune.errors import GraphPruneError, RecipeError, SparsityError
-from graphprune.ir.choosing import update_masks
+from graphprune.ir.choosing import initial_scores, update_masks
 from graphprune.ir.masking import MaskedSite, masked_sites
 from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
@@ -213,11 +213,7 @@ def _measure(
 
 
 def _prune(sites: Sequence[MaskedSite], sparsity: float) -> None:
-    stored = {
-        site.name: site.criterion.initial(site.pattern, site.shape, device=site.weight.device, name=site.name)
-        for site in sites
-    }
-    update_masks(sites, sparsity, stored)
+    update_masks(sites, sparsity, initial_scores(sites))
 
 
 @torch.no_grad()

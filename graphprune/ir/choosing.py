@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphprune.ir.masking import MaskedSite
+from graphprune.ir.masking import MaskedSite, target_of
 from graphprune.ir.sharding import sharded_like
 from graphprune.sparsity.allocation import Scope, allocate
 from graphprune.sparsity.channels import Channel
+from graphprune.sparsity.criterion import Moment
 from graphprune.sparsity.layout import from_logical
 
 
@@ -152,11 +153,25 @@ def part_way(
     ]
 
 
+def initial_scores(sites: Sequence[MaskedSite]) -> dict[str, Tensor | None]:
+    """What each site's criterion stores before it has seen anything, by the site's name, beside the mask."""
+    return {
+        site.name: site.criterion.initial(site.pattern, site.shape, device=site.mask.device, name=site.name)
+        for site in sites
+    }
+
+
+def choose_without_data(sites: Sequence[MaskedSite]) -> None:
+    """Bring one rule's sites to their target at once, by a criterion that needs no data."""
+    shares = [site.decision.share for site in sites if site.decision.share is not None]
+    update_masks(sites, shares or target_of(sites), initial_scores(sites))
+
+
 def scores_of(sites: Sequence[MaskedSite], stored: Mapping[str, Tensor | None], progress: float) -> list[Tensor]:
     """The scores of one rule's sites, as their criterion gives them now."""
     return [
         site.criterion.scores(
-            stored.get(site.name), site.logical_weight, site.pattern, mask=site.logical_mask, progress=progress
+            stored.get(site.name), site.logical_weight, site.pattern, Moment(site.logical_mask, progress)
         )
         for site in sites
     ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import GraphPruneError, SparsityError
-from graphprune.ir.choosing import choose_masks
+from graphprune.ir.choosing import choose_masks, initial_scores
 from graphprune.ir.masking import MaskedSite, masked_sites
 from graphprune.ir.program import Program, attributes
 from graphprune.ir.trace import trace
@@ -166,8 +166,7 @@ def _choose_without_data(sites: Sequence[MaskedSite], weights: StoredWeights, ke
     for site in todo:
         weight = weights.read(site.name)
         shown = replace(site, weight=weight, mask=torch.ones_like(weight, dtype=torch.bool))
-        stored = site.criterion.initial(site.pattern, site.shape, device=weight.device, name=site.name)
-        (mask,) = choose_masks([shown], [goal_of(site)], {site.name: stored})
+        (mask,) = choose_masks([shown], [goal_of(site)], initial_scores([shown]))
         weights.write(site, shown.logical_weight, mask)
         weights.drop()
         keeper.step({site.name: 0})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import SparsityError
-from graphprune.ir.choosing import update_masks
+from graphprune.ir.choosing import initial_scores, update_masks
 from graphprune.ir.masking import MaskedSite
 from graphprune.ir.program import Program
 from graphprune.oneshot.plan import goal_of
@@ -41,10 +41,7 @@ def prune_by_gradients(
     rounds = int(getattr(sites[0].criterion, "recomputations", 1))
     with _trainable([site.weight for site in sites]):
         for number in range(rounds):
-            stored: dict[str, Tensor | None] = {
-                site.name: site.criterion.initial(site.pattern, site.shape, device=site.weight.device, name=site.name)
-                for site in sites
-            }
+            stored = initial_scores(sites)
             for place, batch in enumerate(batches):
                 _accumulate(sites, stored, _gradients(program, sites, batch, place, loss))
                 tick()

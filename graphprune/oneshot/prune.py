@@ -10,13 +10,13 @@ from rich.progress import Progress
 
 from graphprune.errors import PassError, SparsityError
 from graphprune.ir import ops
-from graphprune.ir.choosing import update_masks
+from graphprune.ir.choosing import choose_without_data
 from graphprune.ir.masking import MaskedSite, masked_sites, rules_of
 from graphprune.ir.program import Program, device_of
 from graphprune.ir.properties import Property
 from graphprune.oneshot.batches import bind_batches
 from graphprune.oneshot.gradients import Loss, prune_by_gradients
-from graphprune.oneshot.plan import goal_of, make_plan
+from graphprune.oneshot.plan import make_plan
 from graphprune.oneshot.report import PrunedSite, PruneReport
 from graphprune.oneshot.walk import Walker
 from graphprune.oneshot.weights import InMemory, Meter
@@ -100,16 +100,6 @@ def check_sites(program: Program) -> tuple[MaskedSite, ...]:
                 f"{site.name}: criterion {site.criterion} learns in training; choose another to prune once"
             )
     return sites
-
-
-def choose_without_data(rule: Sequence[MaskedSite]) -> None:
-    """Choose the masks of one rule whose criterion needs no data."""
-    stored = {
-        site.name: site.criterion.initial(site.pattern, site.shape, device=site.weight.device, name=site.name)
-        for site in rule
-    }
-    shares = [goal_of(site) for site in rule]
-    update_masks(rule, shares if rule[0].decision.share is not None else shares[0], stored)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import SparsityError
-from graphprune.sparsity.criterion import Criterion
+from graphprune.sparsity.criterion import LAST, Criterion, Moment
 from graphprune.sparsity.pattern_base import Pattern, Shape, matrix_shape
 
 
@@ -116,15 +116,7 @@ class ActivationCriterion(Criterion):
         """Return how many bytes ``prune`` takes at most beside the weight and the statistic."""
         return 0
 
-    def scores(
-        self,
-        stored: Tensor | None,
-        weight: Tensor,
-        pattern: Pattern,
-        *,
-        mask: Tensor | None = None,
-        progress: float = 1.0,
-    ) -> Tensor:
+    def scores(self, stored: Tensor | None, weight: Tensor, pattern: Pattern, at: Moment = LAST) -> Tensor:
         """Refuse: there are no scores without the inputs of the layer."""
         raise SparsityError(
             f"criterion {self} prunes from the inputs of a layer, once and without training; "

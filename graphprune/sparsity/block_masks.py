@@ -13,7 +13,16 @@ from torch import Tensor
 
 from graphprune.errors import SparsityError
 from graphprune.sparsity.channels import Channel
-from graphprune.sparsity.criterion import CHUNK, AccumulatedCriterion, Criterion, product, seen
+from graphprune.sparsity.criterion import (
+    CHUNK,
+    LAST,
+    AccumulatedCriterion,
+    Criterion,
+    Device,
+    Moment,
+    product,
+    seen,
+)
 from graphprune.sparsity.grouped import NM
 from graphprune.sparsity.pattern_base import Pattern, Shape, matrix_shape
 
@@ -77,15 +86,7 @@ class RetrainFree(Criterion):
             return None
         return f"retrain_free ranks whole channels, and {pattern} is none; use channelx1, 1xchannel, head or neuron"
 
-    def initial(
-        self,
-        pattern: Pattern,
-        shape: Shape,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
-        name: str = "",
-    ) -> Tensor | None:
+    def initial(self, pattern: Pattern, shape: Shape, *, device: Device, name: str = "") -> Tensor | None:
         """Return zeros, float32 ``[channels, channels]``."""
         (channels,) = pattern.score_shape(shape)
         return torch.zeros(channels, channels, device=device)
@@ -103,15 +104,7 @@ class RetrainFree(Criterion):
             gradient[place] = values * pattern.score_sizes(matrix_shape(weight[part]), device=values.device)
         return stored.addr_(gradient, gradient)
 
-    def scores(
-        self,
-        stored: Tensor | None,
-        weight: Tensor,
-        pattern: Pattern,
-        *,
-        mask: Tensor | None = None,
-        progress: float = 1.0,
-    ) -> Tensor:
+    def scores(self, stored: Tensor | None, weight: Tensor, pattern: Pattern, at: Moment = LAST) -> Tensor:
         """Return the diagonal of ``F``."""
         return seen(self, stored).diagonal()
 

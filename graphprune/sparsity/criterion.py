@@ -8,6 +8,7 @@ backward pass: it is an ``AccumulatedCriterion`` with an ``importance`` formula.
 from __future__ import annotations
 
 import abc
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -19,6 +20,24 @@ from graphprune.sparsity.spelling import format_named
 
 CHUNK = 1 << 18
 """Weights worked on at a time: temporaries of 1 MB (float32) stay in a core's cache."""
+Device = torch.device | str
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """When masks are chosen.
+
+    Attributes:
+        mask: The mask so far, bool ``[out, in]``, for criteria that drop and grow; None = nothing is pruned.
+        progress: How much of the pruning window is over, in [0, 1].
+    """
+
+    mask: Tensor | None = None
+    progress: float = 1.0
+
+
+LAST = Moment()
+"""The end of the window, with nothing pruned so far: one choice, once."""
 
 
 class Criterion(abc.ABC):
@@ -55,22 +74,13 @@ class Criterion(abc.ABC):
         """Say why the criterion cannot work with a pattern, or None where it can."""
         return None
 
-    def initial(
-        self,
-        pattern: Pattern,
-        shape: Shape,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
-        name: str = "",
-    ) -> Tensor | None:
+    def initial(self, pattern: Pattern, shape: Shape, *, device: Device, name: str = "") -> Tensor | None:
         """Return the stored state before the first step, or None where the criterion keeps none.
 
         Args:
             pattern: Pattern of the site.
             shape: Logical shape of the weight.
             device: Where the state lives.
-            dtype: Float dtype of the state.
             name: The site, for criteria that draw random numbers: the same for the same site on every process.
         """
         return None
@@ -93,23 +103,14 @@ class Criterion(abc.ABC):
         raise SparsityError(f"criterion {self} uses no gradients; only call accumulate where needs_gradient is True")
 
     @abc.abstractmethod
-    def scores(
-        self,
-        stored: Tensor | None,
-        weight: Tensor,
-        pattern: Pattern,
-        *,
-        mask: Tensor | None = None,
-        progress: float = 1.0,
-    ) -> Tensor:
+    def scores(self, stored: Tensor | None, weight: Tensor, pattern: Pattern, at: Moment = LAST) -> Tensor:
         """Return the scores to decide on at a mask update.
 
         Args:
             stored: The state; None for a criterion without one.
             weight: ``[out, in]``, any float dtype and strides.
             pattern: Pattern of the site.
-            mask: The mask so far, bool ``[out, in]``, for criteria that drop and grow; None = nothing is pruned.
-            progress: How much of the pruning window is over, in [0, 1].
+            at: When.
 
         Returns:
             Float tensor of ``pattern.score_shape``; may be ``stored`` itself, so do not modify it.
@@ -160,17 +161,9 @@ class AccumulatedCriterion(Criterion):
         """Return ``f`` of the reduced importance, which may be changed in place; the identity by default."""
         return reduced
 
-    def initial(
-        self,
-        pattern: Pattern,
-        shape: Shape,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
-        name: str = "",
-    ) -> Tensor | None:
+    def initial(self, pattern: Pattern, shape: Shape, *, device: Device, name: str = "") -> Tensor | None:
         """Return zeros in the pattern's score shape."""
-        return torch.zeros(pattern.score_shape(shape), device=device, dtype=dtype)
+        return torch.zeros(pattern.score_shape(shape), device=device)
 
     @torch.no_grad()
     def accumulate(self, stored: Tensor | None, weight: Tensor, grad: Tensor, pattern: Pattern) -> Tensor:
@@ -189,15 +182,7 @@ class AccumulatedCriterion(Criterion):
             stored[place].mul_(self.decay).add_(self.transformed(new), alpha=self.gain)
         return stored
 
-    def scores(
-        self,
-        stored: Tensor | None,
-        weight: Tensor,
-        pattern: Pattern,
-        *,
-        mask: Tensor | None = None,
-        progress: float = 1.0,
-    ) -> Tensor:
+    def scores(self, stored: Tensor | None, weight: Tensor, pattern: Pattern, at: Moment = LAST) -> Tensor:
         """Return ``stored`` itself."""
         return seen(self, stored)
 

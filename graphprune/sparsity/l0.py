@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graphprune.errors import SparsityError
-from graphprune.sparsity.criterion import Criterion, seen
+from graphprune.sparsity.criterion import LAST, Criterion, Moment, seen
 from graphprune.sparsity.pattern_base import Pattern
 
 
@@ -33,14 +33,6 @@ class L0(Criterion):
         if not 0.0 <= self.strength < float("inf"):
             raise SparsityError(f"l0 needs a finite strength >= 0, got {self.strength}")
 
-    def scores(
-        self,
-        stored: Tensor | None,
-        weight: Tensor,
-        pattern: Pattern,
-        *,
-        mask: Tensor | None = None,
-        progress: float = 1.0,
-    ) -> Tensor:
+    def scores(self, stored: Tensor | None, weight: Tensor, pattern: Pattern, at: Moment = LAST) -> Tensor:
         """Return ``stored``, the gates' ``log_alpha``."""
         return seen(self, stored)

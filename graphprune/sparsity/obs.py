@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graphprune.errors import SparsityError
 from graphprune.sparsity.channels import Channel
-from graphprune.sparsity.criterion import Criterion, seen
+from graphprune.sparsity.criterion import LAST, Criterion, Device, Moment, seen
 from graphprune.sparsity.grouped import NM
 from graphprune.sparsity.pattern_base import Pattern, Shape, matrix_shape
 from graphprune.sparsity.tiled import Tiled
@@ -159,22 +159,14 @@ class OBS(Criterion):
             return f"a unit of {pattern} has {unit} weights and a Fisher block {self.block}; set obs(block={unit})"
         return None
 
-    def initial(
-        self,
-        pattern: Pattern,
-        shape: Shape,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
-        name: str = "",
-    ) -> Tensor | None:
+    def initial(self, pattern: Pattern, shape: Shape, *, device: Device, name: str = "") -> Tensor | None:
         """Return zeros, ``[blocks, B, B]``.
 
         Raises:
             SparsityError: A unit (a whole channel of a wide layer, for example) is larger than a Fisher block.
         """
         order = Arrangement.of(pattern, shape, self.block, name)
-        return torch.zeros(order.blocks, order.size, order.size, device=device, dtype=dtype)
+        return torch.zeros(order.blocks, order.size, order.size, device=device)
 
     @torch.no_grad()
     def accumulate(self, stored: Tensor | None, weight: Tensor, grad: Tensor, pattern: Pattern) -> Tensor:
@@ -194,15 +186,7 @@ class OBS(Criterion):
         return stored
 
     @torch.no_grad()
-    def scores(
-        self,
-        stored: Tensor | None,
-        weight: Tensor,
-        pattern: Pattern,
-        *,
-        mask: Tensor | None = None,
-        progress: float = 1.0,
-    ) -> Tensor:
+    def scores(self, stored: Tensor | None, weight: Tensor, pattern: Pattern, at: Moment = LAST) -> Tensor:
         """Return ``rho``, float32 in the pattern's score shape, at least 0.
 
         Raises:

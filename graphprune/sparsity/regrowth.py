@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import SparsityError
-from graphprune.sparsity.criterion import AccumulatedCriterion, Criterion, magnitude, seen
+from graphprune.sparsity.criterion import LAST, AccumulatedCriterion, Criterion, Moment, magnitude, seen
 from graphprune.sparsity.pattern_base import Pattern, matrix_shape
 from graphprune.sparsity.selection import select_smallest
 
@@ -42,22 +42,14 @@ class RigL(AccumulatedCriterion):
         return grad.float().abs()
 
     @torch.no_grad()
-    def scores(
-        self,
-        stored: Tensor | None,
-        weight: Tensor,
-        pattern: Pattern,
-        *,
-        mask: Tensor | None = None,
-        progress: float = 1.0,
-    ) -> Tensor:
+    def scores(self, stored: Tensor | None, weight: Tensor, pattern: Pattern, at: Moment = LAST) -> Tensor:
         """Return scores above 2 for units that stay, and below 1, by their gradient, for all others."""
         sizes = magnitude(weight, pattern)
-        if mask is None or bool(mask.all()):
+        if at.mask is None or bool(at.mask.all()):
             return sizes
-        kept = pattern.reduce(mask.float()) > 0
+        kept = pattern.reduce(at.mask.float()) > 0
         count = int(kept.count_nonzero())
-        dropped = round(self.fraction / 2 * (1 + math.cos(math.pi * progress)) * count)
+        dropped = round(self.fraction / 2 * (1 + math.cos(math.pi * at.progress)) * count)
         (weakest,) = select_smallest([sizes.masked_fill(~kept, float("inf"))], dropped)
         growth = seen(self, stored)
         return torch.where(kept & ~weakest, 2 + sizes / (1 + sizes), growth / (1 + growth))
@@ -85,15 +77,7 @@ class TopKast(Criterion):
             raise SparsityError(f"top_kast needs 0 <= backward_sparsity < 1, got {self.backward_sparsity}")
 
     @torch.no_grad()
-    def scores(
-        self,
-        stored: Tensor | None,
-        weight: Tensor,
-        pattern: Pattern,
-        *,
-        mask: Tensor | None = None,
-        progress: float = 1.0,
-    ) -> Tensor:
+    def scores(self, stored: Tensor | None, weight: Tensor, pattern: Pattern, at: Moment = LAST) -> Tensor:
         """Return the reduced magnitude of the stored weights, those under the mask included."""
         return magnitude(weight, pattern)
 

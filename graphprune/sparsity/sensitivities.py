@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import SparsityError
-from graphprune.sparsity.criterion import AccumulatedCriterion, Criterion, magnitude, product
+from graphprune.sparsity.criterion import (
+    LAST,
+    AccumulatedCriterion,
+    Criterion,
+    Device,
+    Moment,
+    magnitude,
+    product,
+)
 from graphprune.sparsity.pattern_base import Pattern, Shape
 
 
@@ -20,15 +28,7 @@ class Magnitude(Criterion):
     name = "magnitude"
 
     @torch.no_grad()
-    def scores(
-        self,
-        stored: Tensor | None,
-        weight: Tensor,
-        pattern: Pattern,
-        *,
-        mask: Tensor | None = None,
-        progress: float = 1.0,
-    ) -> Tensor:
+    def scores(self, stored: Tensor | None, weight: Tensor, pattern: Pattern, at: Moment = LAST) -> Tensor:
         """Return the reduced magnitude; ``stored`` is ignored."""
         return magnitude(weight, pattern)
 
@@ -48,28 +48,12 @@ class Random(Criterion):
         if self.seed < 0:
             raise SparsityError(f"random needs a seed of 0 or more, got {self.seed}")
 
-    def initial(
-        self,
-        pattern: Pattern,
-        shape: Shape,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
-        name: str = "",
-    ) -> Tensor | None:
+    def initial(self, pattern: Pattern, shape: Shape, *, device: Device, name: str = "") -> Tensor | None:
         """Return the random scores in [0, 1), the same on every process and device."""
         generator = torch.Generator().manual_seed(self.seed * 0x9E3779B1 + zlib.crc32(name.encode()))
-        return torch.rand(pattern.score_shape(shape), generator=generator).to(device=device, dtype=dtype)
+        return torch.rand(pattern.score_shape(shape), generator=generator).to(device)
 
-    def scores(
-        self,
-        stored: Tensor | None,
-        weight: Tensor,
-        pattern: Pattern,
-        *,
-        mask: Tensor | None = None,
-        progress: float = 1.0,
-    ) -> Tensor:
+    def scores(self, stored: Tensor | None, weight: Tensor, pattern: Pattern, at: Moment = LAST) -> Tensor:
         """Return the scores that ``initial`` drew."""
         if stored is None:
             raise SparsityError("criterion random ranks by what initial drew; pass that as stored")

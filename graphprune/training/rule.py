@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graphprune.errors import SparsityError
 from graphprune.ir import ops
-from graphprune.ir.choosing import choose_masks, part_way, update_masks, write_mask
+from graphprune.ir.choosing import choose_masks, initial_scores, part_way, update_masks, write_mask
 from graphprune.ir.gates import gated_sites
 from graphprune.ir.masking import MaskedSite, reached, sparsity_of, target_of
 from graphprune.ir.program import Program
@@ -101,10 +101,7 @@ class Rule:
     def _fresh_scores(self) -> dict[str, Tensor | None]:
         if self.criterion.needs_samples:
             return {}  # made for each update
-        return {
-            site.name: self.criterion.initial(site.pattern, site.shape, device=site.mask.device, name=site.name)
-            for site in self.sites
-        }
+        return initial_scores(self.sites)
 
     def _check_progressive(self, frequency: int) -> int:
         """Steps from one part of a progressive update to the next; 0 where updates are made at once."""
