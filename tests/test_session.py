@@ -1,55 +1,21 @@
-"""The training session: schedule, exactness, resume, and everything that must not go silently wrong."""
+"""The training session: schedule, exactness, and everything that must not go silently wrong."""
 
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import graphprune as gp
 from graphprune.ir.masking import masked_sites, sparsity_of
-from graphprune.training.randomness import random_state, set_random_state
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(16, 32)
-        self.second = nn.Linear(32, 16)
-        self.unused = nn.Linear(16, 16)
-        self.last = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        return self.last(torch.relu(self.second(torch.relu(self.first(x)))))
-
-
-PIPELINE = "insert-masks{pattern=4x1,sparsity=0.75,frequency=2,warm_up=0,cool_down=0.4}"
+from tests.session_net import PIPELINE, Net, batch, masked, traced_net, train
 
 
 @pytest.fixture(scope="module")
 def traced() -> gp.Program:
-    torch.manual_seed(0)
-    return gp.trace(Net().train(), torch.randn(4, 16))
-
-
-def masked(traced: gp.Program, pipeline: str = PIPELINE) -> gp.Program:
-    return gp.transform(traced, pipeline).train()
-
-
-def batch(step: int) -> Tensor:
-    return torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
-
-
-def train(program: gp.Program, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        loss = program(batch(step)).square().mean() + 0.01 * program(batch(step)).sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    return traced_net()
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
@@ -78,39 +44,6 @@ def test_follows_the_cubic_schedule(traced: gp.Program) -> None:
         train(program, optimizer, range(step, step + 1))
         progress = min(1.0, (step - step % 2) / 11) if step < 11 else 1.0
         assert session.sparsity == pytest.approx(0.75 * (1 - (1 - progress) ** 3), abs=0.01), step
-
-
-def test_kill_and_resume_is_bit_identical(traced: gp.Program, tmp_path: Path) -> None:
-    def start() -> tuple[gp.Program, torch.optim.Optimizer, gp.training.Session]:
-        program = masked(traced)
-        optimizer = torch.optim.AdamW(program.parameters(), lr=0.01)
-        return program, optimizer, gp.training.Session(program, optimizer, total_steps=20)
-
-    whole, whole_optimizer, _session = start()
-    train(whole, whole_optimizer, range(20))
-    first, first_optimizer, session = start()
-    train(first, first_optimizer, range(7))
-    state = {"program": first.state_dict(), "optimizer": first_optimizer.state_dict(), "session": session.state_dict()}
-    torch.save(state, tmp_path / "state.pt")
-    second, second_optimizer, resumed = start()
-    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
-    second.load_state_dict(loaded["program"])
-    second_optimizer.load_state_dict(loaded["optimizer"])
-    resumed.load_state_dict(loaded["session"])
-    train(second, second_optimizer, range(7, 20))
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, second.state_dict()[name]), name
-
-
-def test_random_state_round_trip() -> None:
-    import random
-
-    import numpy as np
-
-    state = random_state()
-    drawn = random.random(), np.random.rand(), torch.rand(1)
-    set_random_state(state)
-    assert (random.random(), np.random.rand(), torch.rand(1)) == drawn
 
 
 def test_gradient_accumulation_counts_optimizer_steps(traced: gp.Program) -> None:
@@ -192,48 +125,6 @@ def test_two_rules_are_driven_separately(traced: gp.Program) -> None:
     assert reached == {"first.weight": pytest.approx(0.5), "second.weight": pytest.approx(0.75)}
 
 
-def test_masks_at_their_target_stay_in_a_later_session(traced: gp.Program) -> None:
-    program = masked(traced)
-    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
-    session = gp.training.Session(program, optimizer, total_steps=20)
-    train(program, optimizer, range(20))
-    session.close()
-    before = [site.mask.clone() for site in masked_sites(program)]
-    optimizer = torch.optim.AdamW(program.parameters(), lr=0.01)
-    later = gp.training.Session(program, optimizer, total_steps=10)
-    train(program, optimizer, range(10))
-    assert later.done
-    assert all(torch.equal(site.mask, mask) for site, mask in zip(masked_sites(program), before, strict=True))
-    assert all((site.weight[~site.mask] == 0).all() for site in masked_sites(program))
-
-
-def test_log_has_step_sparsity_and_loss(traced: gp.Program, tmp_path: Path) -> None:
-    program = masked(traced)
-    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
-    session = gp.training.Session(program, optimizer, total_steps=20, log=tmp_path / "log.jsonl")
-    session.record(loss=torch.tensor(2.5))
-    train(program, optimizer, range(20))
-    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in entries] == list(range(20))
-    assert entries[0]["loss"] == 2.5
-    assert entries[-1]["sparsity"] == pytest.approx(0.75, abs=1e-3)
-
-
-def test_a_resumed_run_takes_back_what_a_killed_one_logged(traced: gp.Program, tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
-    program = masked(traced)
-    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
-    session = gp.training.Session(program, optimizer, total_steps=20, log=log)
-    train(program, optimizer, range(5))
-    state = session.state_dict()
-    train(program, optimizer, range(5, 9))
-    session.close()
-    resumed = gp.training.Session(program, optimizer, total_steps=20, log=log)
-    resumed.load_state_dict(state)
-    train(program, optimizer, range(5, 20))
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(20))
-
-
 def test_works_through_torch_compile_wrapping(traced: gp.Program) -> None:
     program = masked(traced)
     wrapped = torch.compile(program, backend="eager")
@@ -244,18 +135,6 @@ def test_works_through_torch_compile_wrapping(traced: gp.Program) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert session.done
-
-
-def test_deepcopy_of_a_program_in_training_is_independent(traced: gp.Program) -> None:
-    program = masked(traced)
-    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
-    gp_session = gp.training.Session(program, optimizer, total_steps=20)
-    train(program, optimizer, range(4))
-    clone = copy.deepcopy(program)
-    kept = [site.mask.clone() for site in masked_sites(clone)]
-    train(program, optimizer, range(4, 20))
-    assert gp_session.done
-    assert all(torch.equal(site.mask, mask) for site, mask in zip(masked_sites(clone), kept, strict=True))
 
 
 class TestRefusals:
@@ -382,26 +261,6 @@ class TestZerosStay:
         assert all((site.weight[~site.mask] == 0).all() for site in masked_sites(program))
 
 
-def test_an_average_of_weights_keeps_the_masks(traced: gp.Program) -> None:
-    program = masked(traced)
-    optimizer = torch.optim.AdamW(program.parameters(), lr=0.05)
-    session = gp.training.Session(program, optimizer, total_steps=20)
-    average = torch.optim.swa_utils.AveragedModel(program, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
-    for step in range(20):
-        train(program, optimizer, range(step, step + 1))
-        average.update_parameters(program)
-    assert session.done
-    shadow = average.module
-    assert isinstance(shadow, gp.Program)
-    for mine, theirs in zip(masked_sites(program), masked_sites(shadow), strict=True):
-        assert torch.equal(mine.mask, theirs.mask)
-        assert (theirs.weight[~theirs.mask] != 0).any()  # the average still remembers them ...
-    folded = gp.transform(shadow, "fold-masks")
-    torch.testing.assert_close(folded.eval()(batch(0)), shadow.eval()(batch(0)), rtol=0, atol=0)
-    for site in masked_sites(program):
-        assert (folded.get_parameter(site.name)[~site.mask] == 0).all()  # ... and what is used of it does not
-
-
 @pytest.mark.parametrize("criterion", ["snip_momentum", "movement"])
 def test_clipped_gradients(traced: gp.Program, criterion: str) -> None:
     program = masked(traced, f"{PIPELINE[:-1]},criterion={criterion}}}")
@@ -433,21 +292,3 @@ def test_recomputed_blocks_train_to_the_same_masks() -> None:
         found.append(program.state_dict())
     for other in found[1:]:
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())
-
-
-def test_a_state_that_does_not_fit_is_refused(traced: gp.Program) -> None:
-    program = masked(traced)
-    optimizer = torch.optim.SGD(program.parameters(), lr=0.01)
-    session = gp.training.Session(program, optimizer, total_steps=20)
-    good = session.state_dict()
-    mask = good["masks"]["first.weight"]
-    for change, message in (
-        ({"version": 1}, "version 1"),
-        ({"total_steps": 21}, "schedule would jump"),
-        ({"masks": {**good["masks"], "first.weight": mask[:, :4]}}, r"first\.weight has shape \(32, 4\)"),
-        ({"masks": {name: value for name, value in good["masks"].items() if name != "first.weight"}}, "first.weight"),
-        ({"rules": {}}, "same recipe"),
-    ):
-        with pytest.raises(gp.GraphPruneError, match=message):
-            session.load_state_dict({**good, **change})
-    session.load_state_dict(good)
