@@ -38,7 +38,7 @@ def prune_by_gradients(
     Raises:
         SparsityError: There is no loss, it is not finite, or it does not depend on a weight; names batch or site.
     """
-    rounds = int(getattr(sites[0].criterion, "recomputations", 1))
+    rounds = sites[0].criterion.recomputations
     with _trainable([site.weight for site in sites]):
         for number in range(rounds):
             stored = initial_scores(sites)

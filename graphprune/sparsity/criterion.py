@@ -51,6 +51,10 @@ class Criterion(abc.ABC):
     """Whether ``accumulate`` wants the gradient of every training step."""
     needs_samples: ClassVar[bool] = False
     """Whether ``accumulate`` wants gradients of batches that are drawn for it at every mask update."""
+    samples: int = 0
+    """How many of them for an update."""
+    recomputations: int = 1
+    """In how many rounds an update is made, each with new samples and a part of the way."""
     needs_activations: ClassVar[bool] = False
     """Whether it works from the inputs of the layer, once and without training."""
     dense_gradient: ClassVar[bool] = False
@@ -59,6 +63,8 @@ class Criterion(abc.ABC):
     """Whether pruned weights keep their value under the mask, so that they can come back, until the last mask update."""
     gated: ClassVar[bool] = False
     """Whether it ranks by trainable gates on the units, which are inserted with the masks."""
+    strength: float = 0.0
+    """Penalty on a weight whose gate is open."""
     freezes_weights: ClassVar[bool] = False
     """Whether the weights must not be trained while it scores them."""
 

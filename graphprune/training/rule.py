@@ -16,7 +16,6 @@ from graphprune.ir.masking import MaskedSite, reached, sparsity_of, target_of
 from graphprune.ir.program import Program
 from graphprune.ir.sharding import sharded_like, whole
 from graphprune.sparsity.criterion import Criterion
-from graphprune.sparsity.l0 import L0
 from graphprune.sparsity.layout import from_logical, to_logical
 from graphprune.sparsity.schedules import OneShot
 from graphprune.sparsity.windows import Window, steps, window
@@ -127,7 +126,7 @@ class Rule:
     def shape_gradients(self, step: int) -> None:
         """Add the regularizer's gradient and take away what must not reach the optimizer."""
         active = not self.locked and step <= self.window.end
-        if isinstance(self.criterion, L0) and active:
+        if active:
             for gate in self._gates:
                 if gate.log_alpha.grad is not None:
                     penalty = gate.penalty_gradient() * self.criterion.strength
@@ -212,7 +211,7 @@ class Rule:
         self, wanted: float | list[float], program: Program, sampler: GradientSampler | None
     ) -> None:
         assert sampler is not None  # the session has checked it
-        rounds, samples = self.criterion.recomputations, self.criterion.samples  # type: ignore[attr-defined]
+        rounds, samples = self.criterion.recomputations, self.criterion.samples
         before = [sparsity_of([site]) for site in self.sites]
         total = sparsity_of(self.sites)
         for index in range(rounds):
