@@ -203,8 +203,9 @@ class Rule:
             write_mask(site, mask)
 
     def _finish_parts(self) -> None:
-        for site, goal in zip(self.sites, self._goals, strict=bool(self._goals)):
-            write_mask(site, goal)
+        if self._goals:
+            for site, goal in zip(self.sites, self._goals, strict=True):
+                write_mask(site, goal)
         self._before, self._goals = [], []
 
     def _choose_by_samples(
@@ -214,6 +215,8 @@ class Rule:
         rounds, samples = self.criterion.recomputations, self.criterion.samples
         before = [sparsity_of([site]) for site in self.sites]
         total = sparsity_of(self.sites)
+        if wanted == total or wanted == before:
+            return  # as at the first update of a schedule: samples are dear, and there is nothing to choose
         for index in range(rounds):
             part = (index + 1) / rounds
             goal = (
