@@ -6,6 +6,7 @@ masks and whole weights; ``python -m tests.distributed_run FOLDER single`` train
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -93,6 +94,8 @@ def main(folder: Path, mode: str) -> None:
     for family in CHOSEN:
         torch.save(_train(family, mode, rank, world), folder / f"{family}-{mode}-{rank}.pt")
     if mode != "single":
+        gc.collect()  # what still holds the group may not outlive it
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -7,6 +7,7 @@ The first process writes the whole parameters, and every process the losses of i
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -108,6 +109,8 @@ def main(folder: Path) -> None:
             whole = {key: value.detach().clone().contiguous() for key, value in whole.items()}
             safetensors.torch.save_file(whole, folder / f"{name}.safetensors")
         dist.barrier()
+    gc.collect()  # what still holds the group may not outlive it
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graphprune.sparsity.hard_concrete import (
@@ -69,6 +69,8 @@ def test_an_open_gate_is_exactly_one_and_a_closed_one_zero():
     st.sampled_from([0.0, 1e-30, 1e-7, 0.5, 1 - 2**-24, 1.0]),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )
+@example(-math.inf, 1 - 2**-24, torch.bfloat16)  # in 16 bits this noise is 1
+@example(math.inf, 0.0, torch.bfloat16)
 def test_finite_everywhere(value, noise, dtype):
     log_alpha = torch.tensor([value], dtype=dtype, requires_grad=True)
     for function in (

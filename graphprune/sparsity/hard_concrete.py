@@ -67,7 +67,8 @@ def expected_l0_gradient(log_alpha: Tensor) -> Tensor:
 
 
 def _drawn(log_alpha: Tensor, noise: Tensor) -> Tensor:
-    return torch.sigmoid((torch.logit(noise, eps=_SMALLEST) + log_alpha) / BETA)
+    wide = torch.promote_types(log_alpha.dtype, torch.float32)  # in 16 bits 1 - _SMALLEST would be 1
+    return torch.sigmoid((torch.logit(noise.to(wide), eps=_SMALLEST) + log_alpha) / BETA).to(log_alpha.dtype)
 
 
 def _stretched(drawn: Tensor) -> Tensor:
