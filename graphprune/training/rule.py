@@ -215,7 +215,7 @@ class Rule:
         rounds, samples = self.criterion.recomputations, self.criterion.samples
         before = [sparsity_of([site]) for site in self.sites]
         total = sparsity_of(self.sites)
-        if wanted == total or wanted == before:
+        if wanted in (total, before):
             return  # as at the first update of a schedule: samples are dear, and there is nothing to choose
         for index in range(rounds):
             part = (index + 1) / rounds
