@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from graphprune.artifact.inspection import inspect
     from graphprune.artifact.sensitivity import Sensitivity
     from graphprune.artifact.sweep import sensitivity
+    from graphprune.artifact.tune import tune
+    from graphprune.artifact.tuning import Tuning
     from graphprune.artifact.verification import verify
     from graphprune.errors import (
         GraphPruneError,
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from graphprune.ir.program import Program
     from graphprune.ir.properties import Property
     from graphprune.ir.trace import trace
-    from graphprune.pipeline.base import Pass
+    from graphprune.pipeline.base import DataPass, Pass
     from graphprune.pipeline.recipe import Recipe
     from graphprune.pipeline.target import Target
     from graphprune.pipeline.transform import transform
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "DataPass",
     "GraphPruneError",
     "LoweringError",
     "Pass",
@@ -58,6 +61,7 @@ __all__ = [
     "SparsityError",
     "Target",
     "TraceError",
+    "Tuning",
     "VerifyError",
     "__version__",
     "export",
@@ -68,10 +72,12 @@ __all__ = [
     "trace",
     "training",
     "transform",
+    "tune",
     "verify",
 ]
 
 _HOMES = {
+    "DataPass": "graphprune.pipeline.base",
     "GraphPruneError": "graphprune.errors",
     "LoweringError": "graphprune.errors",
     "Pass": "graphprune.pipeline.base",
@@ -84,6 +90,7 @@ _HOMES = {
     "SparsityError": "graphprune.errors",
     "Target": "graphprune.pipeline.target",
     "TraceError": "graphprune.errors",
+    "Tuning": "graphprune.artifact.tuning",
     "VerifyError": "graphprune.errors",
     "export": "graphprune.artifact.export",
     "inspect": "graphprune.artifact.inspection",
@@ -92,6 +99,7 @@ _HOMES = {
     "sensitivity": "graphprune.artifact.sweep",
     "trace": "graphprune.ir.trace",
     "transform": "graphprune.pipeline.transform",
+    "tune": "graphprune.artifact.tune",
     "verify": "graphprune.artifact.verification",
 }
 

@@ -1,7 +1,8 @@
-"""The command line: ``graphprune inspect | sensitivity | prune | transform | export | verify | passes | targets | demo``.
+"""The command line: ``graphprune inspect | sensitivity | tune | prune | transform | export | verify | passes | targets | demo``.
 
 Results go to standard output, everything else to standard error. Exit code 0: done; 2: an error that is explained in
-one message; 130: interrupted. Imports of torch wait until a command needs them, so that ``--help`` is quick.
+one message; 3: ``tune`` did not meet its goal; 130: interrupted. Imports of torch wait until a command needs them, so that
+``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ from graphprune.commands.console import (
     show,
     to_stderr,
 )
+from graphprune.commands.data import BatchSize, Data, Length, Samples, Seed, calibration_batches
 from graphprune.commands.prune import prune
 from graphprune.commands.sensitivity import sensitivity
+from graphprune.commands.tune import tune
+from graphprune.commands.verify import verify
 from graphprune.errors import GraphPruneError, RecipeError, suggest
 
 if TYPE_CHECKING:
@@ -143,6 +147,7 @@ def inspect(
 
 
 app.command()(sensitivity)
+app.command()(tune)
 app.command()(prune)
 
 
@@ -160,6 +165,11 @@ def transform(
         bool, typer.Option("--labels", help="Trace with labels, so that the Program returns a loss.")
     ] = False,
     input_: Inputs = None,
+    data: Data = None,
+    samples: Samples = 128,
+    length: Length = 512,
+    batch: BatchSize = 16,
+    seed: Seed = 0,
     print_after: PrintAfter = None,
     diff: Annotated[bool, typer.Option("--diff", help="Write what each pass changed to standard error.")] = False,
     dump: Annotated[
@@ -179,16 +189,21 @@ def transform(
 
       graphprune transform ./my-bert -p 'insert-masks{pattern=4x1,sparsity=0.8},insert-fake-quant'
       graphprune transform ./my-bert --recipe recipe.yaml --set sparsity=0.9 --diff -o pruned/
+      graphprune transform ./my-bert -p 'smooth-quant{alpha=auto}' --data texts.txt -o smooth/
     """
     with quiet_stdout():
         from graphprune.artifact.checkpoint import save_program
         from graphprune.ir.printer import print_program
+        from graphprune.pipeline.base import DataPass
         from graphprune.pipeline.instruments import Timing
         from graphprune.pipeline.transform import transform as run_transform
 
         steps = _recipe(pipeline, recipe, assignments(set_, "--set"))
         timing = Timing()
         instruments = [*_instruments(steps, print_after or [], diff, dump), timing]
+        batches = calibration_batches(data, model, samples=samples, length=length, batch=batch, seed=seed)
+        if batches is not None and not any(isinstance(step, DataPass) for step in steps.passes):
+            note(f"no pass of this pipeline needs data; {data} is not used")
         loaded = load(model)
         program = run_transform(
             loaded.model,
@@ -199,6 +214,7 @@ def transform(
             in_place=True,
             instruments=instruments,
             reproducer=reproducer,
+            data=batches,
         )
         text = print_program(program)
         if time_:
@@ -222,6 +238,14 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a folder that graphprune did not write.")
     ] = False,
+    per_node: Annotated[
+        bool | None,
+        typer.Option(
+            "--per-node/--no-per-node",
+            show_default="where quantized",
+            help="Record what the Program computes inside, for graphprune verify --per-node.",
+        ),
+    ] = None,
 ) -> None:
     """Lower a saved Program to a target, and verify what was written against the Program.
 
@@ -237,7 +261,7 @@ def export(
 
         goal = make_target(target, assignments(option, "--option"), "target")
         search_current_directory()  # the saved Program may name a factory there
-        artifact = run_export(load_program(program), goal, out, overwrite=overwrite)
+        artifact = run_export(load_program(program), goal, out, overwrite=overwrite, per_node=per_node)
     manifest = artifact.manifest
     parity = manifest.parity
     size = sum(item.bytes for item in manifest.files)
@@ -247,21 +271,7 @@ def export(
     )
 
 
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="An artifact that graphprune export wrote.")],
-) -> None:
-    """Repeat every check of an artifact from its files alone: whole, sparse as stated, and numerically right.
-
-    [bold]Example[/]
-
-      graphprune verify artifact/
-    """
-    with quiet_stdout():
-        from graphprune.artifact.verification import verify as run_verification
-
-        report = run_verification(folder)
-    show(report)
+app.command()(verify)
 
 
 @app.command()

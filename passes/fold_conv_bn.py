@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from graphprune.ir import ops
+from graphprune.ir.blocks import FLAGS
 from graphprune.ir.program import Program, argument
 from graphprune.ir.rewrite import Call, Match, RewriteRule, apply_rule
 from graphprune.ir.sites import OPERATORS
@@ -113,7 +114,7 @@ def _drop_counters(program: Program) -> None:
         str(item.target).rpartition(".")[0]
         for node in program.calls(aten.batch_norm.default)
         for item in node.all_input_nodes
-        if item.op == "get_attr" and item.target != "training"
+        if item.op == "get_attr" and item.target not in FLAGS
     }
     for node in program.calls(aten.add_.Tensor):
         counter = node.args[0]

@@ -1,48 +1,49 @@
-"""Insert fake-quantize operators on weights and on the activations that meet them.
+"""Insert fake-quantize operators where the plan quantizes something.
 
-Before: ``linear(x, w)``.  After: ``linear(fake_quantize(x, ...), fake_quantize(w, ...))``, each with an observer before it; where there
-is a mask, ``fake_quantize(mask(w, w_mask), ...)``, so zeros stay zero.  An activation that several operators use is observed
-once.  While observers see data (in train mode, or while calibrating), they follow its range.
+Before: ``linear(x, w)``.  After: ``linear(fake_quantize(x, ...), fake_quantize(w, ...))``, each with an observer beside it; where there
+is a mask, ``fake_quantize(mask(w, w_mask), ...)``, so zeros stay zero.  A value that several operators use is quantized once.
+Observers that ``insert-observers`` put there, and what they recorded, are used.  While observers see data (in train mode, or while
+calibrating), they follow its range.
 """
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
-
-import torch
-from torch import fx
+from dataclasses import dataclass, fields, replace
 
 from graphprune.errors import PassError
-from graphprune.ir import ops
-from graphprune.ir.gates import gated_sites
-from graphprune.ir.masking import MaskedSite, masked_sites
-from graphprune.ir.program import Program, attributes
+from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
-from graphprune.ir.quantizing import Quantizer, insert_quantizer, quantizers, set_weight_range
-from graphprune.ir.selection import Selection
-from graphprune.ir.sites import Site
+from graphprune.ir.quant_plan import QuantPlan, Request, decide, planned
+from graphprune.ir.quantizing import FreezeTimes, annotate_plan, find_quantizer, quantize_planned, wanted_values
 from graphprune.pipeline.base import Coverage, Pass, PassResult
-from graphprune.quant.schemes import parse_scheme
-from graphprune.sparsity.layout import Layout
+from graphprune.sparsity.windows import Time, check_time
+
+_CHOOSING = ("select", "exclude", "ops", "include_last")
+_PLANNING = ("momentum", *_CHOOSING)
+"""Options that mean nothing where there is a plan."""
 
 
 @dataclass(frozen=True)
 class InsertFakeQuant(Pass):
-    """Insert int8 fake-quantization for quantization-aware training or calibration.
+    """Insert fake-quantization for quantization-aware training, or behind calibrated observers.
 
-    Weights are int8, symmetric, one scale an output channel; activations uint8, affine, one scale a tensor.
+    It acts on the plan of ``annotate-quant``. Without one it plans by the preset ``onnxruntime`` with moving averages: weights
+    int8, symmetric, one scale an output channel; activations uint8, affine, one scale a tensor. Where operators are chosen here
+    (``select``, ``exclude``, ``ops``, ``include_last``), it plans those so, beside what is quantized already.
 
     Attributes:
-        momentum: Share of each batch in the moving average of an activation's range, in (0, 1].
-        select: As for ``find-prunable``; all linear and convolution operators where empty.
-        exclude: As for ``find-prunable``.
-        ops: As for ``find-prunable``.
+        momentum: Share of each batch in the moving average of an activation's range, in (0, 1]; where it plans.
+        select: As for ``annotate-quant``.
+        exclude: As for ``annotate-quant``.
+        ops: As for ``annotate-quant``.
         include_last: Quantize the last layer before the output too.
+        reduce_range: As for ``annotate-quant``; where it plans.
+        freeze_observers: Length of training after which ranges stay as they are: steps, a fraction, or "2 epochs"; null = never.
+        freeze_batch_norm: The same for the running statistics of batch normalization.
     """
 
     name = "insert-fake-quant"
-    establishes = Property.FAKE_QUANT
+    establishes = Property.FAKE_QUANT | Property.OBSERVED | Property.PLANNED
     destroys = Property.FROZEN
 
     momentum: float = 0.01
@@ -50,84 +51,67 @@ class InsertFakeQuant(Pass):
     exclude: tuple[str, ...] = ()
     ops: tuple[str, ...] = ()
     include_last: bool = True
+    reduce_range: bool | None = None
+    freeze_observers: Time | None = None
+    freeze_batch_norm: Time | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.momentum <= 1:
             raise PassError(f"momentum={self.momentum} is not in (0, 1]")
+        for name in ("freeze_observers", "freeze_batch_norm"):
+            if getattr(self, name) is not None:
+                check_time(name, getattr(self, name))
+        _ = self.request
 
-    def run(self, program: Program) -> PassResult:
-        """Insert one quantizer a weight and one an activation."""
-        sites, excluded = Selection(self.select, self.exclude, self.ops, self.include_last).apply(program)
-        left_out = {item.name: item.reason for item in excluded}
-        before = list(quantizers(program))
-        done = {decision.prefix for _, decision in before}
-        activations = {node.all_input_nodes[0]: node for node, decision in before if not decision.weight}
-        nodes = {node.name: node for node in program.graph.nodes}
-        weights = attributes(program)
-        masks = {item.name: item for item in masked_sites(program)}
-        gated = {item.name for item in gated_sites(program)}
-        known = len(activations)
-        taken: list[Site] = []
-        for site in sites:
-            uses = [nodes[use] for use in site.uses]
-            reason = _obstacle(site, uses, done, gated)
-            if reason:
-                left_out[site.name] = reason
-                continue
-            self._quantize_weight(program, site, weights[site.name], masks.get(site.name))
-            self._quantize_inputs(program, site, uses, activations)
-            taken.append(site)
-        program.recompile()
-        return PassResult(
-            program,
-            changed=bool(taken),
-            stats={"weights-quantized": len(taken), "activations-quantized": len(activations) - known},
-            coverage=Coverage(tuple(site.name for site in taken), left_out),
+    @property
+    def request(self) -> Request:
+        """What is planned where there is no plan."""
+        return Request(
+            observer=f"moving-average-min-max(momentum={self.momentum})",
+            select=self.select,
+            exclude=self.exclude,
+            ops=self.ops,
+            include_last=self.include_last,
+            reduce_range=self.reduce_range,
         )
 
-    def _quantize_weight(self, program: Program, site: Site, weight: fx.Node, masked: MaskedSite | None) -> None:
-        axis = "axis1" if site.layout is Layout.IN_OUT else "channel"
-        decision = Quantizer(f"int8:symmetric:{axis}", site.name, weight=True)
-        value = weight if masked is None else masked.node
-        users = list(value.users)
-        fake = insert_quantizer(program, value, decision, momentum=1.0)
-        for user in users:
-            user.replace_input_with(value, fake)
-        tensor = program.tensor(site.name)
-        if not tensor.is_meta:
-            shown = tensor.detach()
-            if masked is not None and int(torch.count_nonzero(masked.mask)) < tensor.numel():
-                shown = shown * masked.mask.view(torch.uint8)
-            set_weight_range(program, site.name, shown, parse_scheme(decision.scheme))
+    def recorded(self) -> InsertFakeQuant:
+        """The pass with what it takes from this machine written out."""
+        return replace(self, reduce_range=self.request.written_range())
 
-    def _quantize_inputs(
-        self, program: Program, site: Site, uses: list[fx.Node], activations: dict[fx.Node, fx.Node]
-    ) -> None:
-        for index, node in enumerate(uses):
-            position = 1 if str(node.target).startswith("aten.addmm") else 0
-            value = node.args[position]
-            assert isinstance(value, fx.Node)
-            if value.target is ops.fake_quantize:
-                continue
-            if value not in activations:
-                decision = Quantizer("uint8:affine:tensor", _free_prefix(program, site, index), weight=False)
-                activations[value] = insert_quantizer(program, value, decision, self.momentum)
-            node.update_arg(position, activations[value])
+    def run(self, program: Program) -> PassResult:
+        """Insert one quantizer a value and scheme.
 
+        Raises:
+            PassError: A plan of ``annotate-quant`` waits, and something here would plan otherwise.
+        """
+        left = self._plan(program)
+        inserted, moved = quantize_planned(program)
+        times = FreezeTimes(self.freeze_observers, self.freeze_batch_norm)
+        timed = times != FreezeTimes() and program.annotation(program.output, FreezeTimes) != times
+        if timed:
+            program.annotate(program.output, times)
+        weights = sum(wanted.operand.weight for wanted in inserted)
+        return PassResult(
+            program,
+            changed=bool(inserted or moved or timed),
+            stats={"weights-quantized": weights, "activations-quantized": len(inserted) - weights},
+            coverage=Coverage(tuple(dict.fromkeys(wanted.asked_by for wanted in inserted)), left),
+        )
 
-def _obstacle(site: Site, uses: list[fx.Node], done: set[str], gated: set[str]) -> str | None:
-    if site.name in done:
-        return "quantized already"
-    if site.name in gated:
-        return "it has a trainable gate, whose range changes; run fold-masks before insert-fake-quant"
-    if any(str(user.target).startswith("aten.batch_norm") for node in uses for user in node.users):
-        return "followed by batch normalization; run fold-conv-bn before insert-fake-quant"
-    return None
-
-
-def _free_prefix(program: Program, site: Site, index: int) -> str:
-    """``<module>.input`` for a site's first use, then ``<module>.input_1`` and so on; a name that no buffer has yet."""
-    owner = program.get_submodule(site.module)
-    names = (f"input_{number}" if number else "input" for number in itertools.count(index))
-    leaf = next(name for name in names if not hasattr(owner, f"{name}_scale"))
-    return f"{site.module}.{leaf}" if site.module else leaf
+    def _plan(self, program: Program) -> dict[str, str]:
+        """Plan where there is no plan, or where operators are chosen here; reasons for what is left out."""
+        waiting = {wanted.asked_by for wanted in wanted_values(program) if find_quantizer(wanted, program) is None}
+        done = {plan.name: "quantized already" for _, plan in planned(program) if plan.name not in waiting}
+        given = {item.name for item in fields(self) if getattr(self, item.name) != item.default} & {*_PLANNING}
+        if waiting and given:
+            raise PassError(
+                f"{', '.join(sorted(given))}: the plan of annotate-quant waits to be inserted; say there what is quantized, and "
+                f"how (observer=moving-average-min-max(momentum=...) for momentum)"
+            )
+        if waiting or (done and not given & {*_CHOOSING}):
+            return done
+        decided = decide(program, self.request)
+        new = {node: plan for node, plan in decided.plans.items() if program.annotation(node, QuantPlan) is None}
+        annotate_plan(program, new)
+        return {**decided.left_out, **done}

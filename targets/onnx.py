@@ -1,4 +1,4 @@
-"""The ONNX target: a model for onnxruntime and whatever else reads ONNX, weights int8 where they were quantized."""
+"""The ONNX target: a model for onnxruntime and whatever else reads ONNX, weights integers where they were quantized."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from graphprune.errors import LoweringError
+from graphprune.errors import LoweringError, suggest
 from graphprune.ir.program import Program
-from graphprune.ir.sites import find_sites
-from graphprune.pipeline.target import Lowered, Run, StoredWeight, Support, Target
+from graphprune.ir.sites import attribute_behind, find_sites
+from graphprune.pipeline.target import Lowered, NodeValue, Run, StoredWeight, Support, Target
+from graphprune.targets.onnx_draft import Draft, finish, surgeon
 from graphprune.targets.onnx_export import export_model, inference_copy
-from graphprune.targets.onnx_graph import Draft, run_passes, surgeon
-from graphprune.targets.onnx_weights import TRANSPOSED, read_weights
+from graphprune.targets.onnx_kernels import INTEGER_KERNELS, kernels
+from graphprune.targets.onnx_nodes import read_names, run_nodes, track_values, write_names
+from graphprune.targets.onnx_passes import FORMS, run_passes
+from graphprune.targets.onnx_weights import PACKED, TRANSPOSED, read_weights, stored_formats
 
 if TYPE_CHECKING:
     import onnx
@@ -33,8 +37,9 @@ class Onnx(Target):
 
     Attributes:
         opset: ONNX operator set version, 18 to 23.
-        int8: Store quantized weights as int8 and compute on integers. False writes a float model: quantizers are left
-            out, and weights keep the values of their integer grid.
+        form: How quantized operators are written. ``qdq``: DequantizeLinear before float operators, which onnxruntime, OpenVINO and
+            TensorRT fuse to integer kernels. ``integer``: integer operators, standard ones and onnxruntime's own.
+            ``float``: quantizers are left out, and weights keep the values of their integer grid.
         external_data_threshold: Bytes of weights above which they go into a file beside the model; at most 2 GB, which
             is what one ONNX file can hold.
     """
@@ -44,12 +49,14 @@ class Onnx(Target):
     extra = "onnx"
 
     opset: int = 18
-    int8: bool = True
+    form: str = "qdq"
     external_data_threshold: int = 2_000_000_000
 
     def __post_init__(self) -> None:
         if self.opset not in _OPSETS:
             raise LoweringError(f"opset={self.opset} is not supported; choose {_OPSETS[0]} to {_OPSETS[-1]}")
+        if self.form not in FORMS:
+            raise LoweringError(f"form={self.form!r} is not known{suggest(self.form, FORMS)}")
         if not 0 <= self.external_data_threshold <= 2_000_000_000:
             raise LoweringError(
                 f"external_data_threshold={self.external_data_threshold} is not in [0, 2000000000]: a larger ONNX file "
@@ -58,33 +65,47 @@ class Onnx(Target):
 
     @classmethod
     def capabilities(cls) -> Mapping[str, Support]:
-        """Onnxruntime has integer kernels, and none that skip zeros."""
+        """Onnxruntime's CPU kernels: integers of 8 and 4 bits are fast, zeros are not skipped.
+
+        float16 is written where the Program computes in it; the CPU provider converts it to float32 and back. It has no kernels
+        for bfloat16.
+        """
         return {
             "unstructured": Support.STORED,
             "NxM": Support.STORED,
             "N:M": Support.STORED,
             "channel": Support.STORED,
             "fp32": Support.EXPLOITED,
+            "fp16": Support.STORED,
+            "bf16": Support.REFUSED,
             "int8": Support.EXPLOITED,
-            "int4": Support.IGNORED,
-            "bf16": Support.STORED,
+            "uint8": Support.EXPLOITED,
+            "int4": Support.EXPLOITED,
+            "uint4": Support.EXPLOITED,
+            "int8 per group": Support.EXPLOITED,
+            "int4 per group": Support.EXPLOITED,
+            "dynamic uint8": Support.EXPLOITED,
         }
 
     def lower(self, program: Program, folder: Path) -> Lowered:
         """Write ``model.onnx``, and ``model.onnx.data`` where the weights are large."""
         _require()
-        copied = inference_copy(program, self.int8)
+        copied = inference_copy(program, self.form != "float")
         model = export_model(copied, self.opset)
         draft = Draft(surgeon().import_onnx(model))
-        run_passes(draft)
+        tracked = track_values(draft.graph, copied)
+        counts = run_passes(draft, self.form)
         outputs = tuple(item.name for item in draft.graph.outputs)
-        written = surgeon().export_onnx(draft.graph, do_type_check=False)
+        written = finish(draft)
         written.ir_version = model.ir_version
         written.producer_name = "graphprune"
         written.metadata_props.add(key=TRANSPOSED, value=json.dumps(sorted(draft.transposed)))
+        written.metadata_props.add(key=PACKED, value=json.dumps(draft.packed, sort_keys=True))
+        write_names(written, tracked)
+        coverage = stored_formats(written, _weights(copied))
         files = self._write(written, folder)
-        coverage = _coverage(copied, written)
-        return Lowered(files, copied.interface.names, outputs, coverage)
+        coverage |= _kernels(folder / _MODEL, coverage)
+        return Lowered(files, copied.interface.names, outputs, coverage, counts)
 
     def _write(self, model: onnx.ModelProto, folder: Path) -> tuple[str, ...]:
         import onnx
@@ -134,6 +155,18 @@ class Onnx(Target):
         _require()
         return read_weights(folder / _MODEL, layouts)
 
+    def nodes(self, folder: Path) -> frozenset[str]:
+        """Read from the model's metadata which values of the Program it has."""
+        _require()
+        return frozenset(read_names(folder / _MODEL))
+
+    def run_nodes(
+        self, folder: Path, inputs: Mapping[str, np.ndarray], recorded: Mapping[str, np.ndarray]
+    ) -> tuple[dict[str, NodeValue], dict[str, np.ndarray]]:
+        """Cut the model at the recorded values and run it on onnxruntime's CPU provider."""
+        _require()
+        return run_nodes(folder / _MODEL, inputs, recorded)
+
 
 def _require() -> None:
     for name in ("onnx", "onnxscript", "onnx_graphsurgeon", "onnxruntime"):
@@ -145,17 +178,23 @@ def _require() -> None:
             ) from error
 
 
-def _coverage(program: Program, model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
-    import onnx
-
-    integers = {
-        item.name
-        for item in model.graph.initializer
-        if item.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
-    }
+def _weights(program: Program) -> tuple[str, ...]:
+    """Names of sites and of embedding tables, in graph order."""
     sites, _ = find_sites(program)
     names = [site.name for site in sites]
+    for node in program.calls(torch.ops.aten.embedding.default):
+        source = attribute_behind(node.args[0])
+        if source is not None and str(source.target) not in names:
+            names.append(str(source.target))
+    return tuple(names)
+
+
+def _kernels(path: Path, formats: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Weights that onnxruntime multiplies as integers and as floats; embeddings are looked up, not multiplied."""
+    found = kernels(path)
+    names = [name for kind in formats.values() for name in kind]
+    multiplied = [name for name in names if not found.get(name, "").startswith("Gather")]
     return {
-        "int8": tuple(name for name in names if name in integers),
-        "float": tuple(name for name in names if name not in integers),
+        "integer kernel": tuple(name for name in multiplied if found.get(name) in INTEGER_KERNELS),
+        "float kernel": tuple(name for name in multiplied if found.get(name) not in INTEGER_KERNELS),
     }

@@ -36,15 +36,23 @@ _RULES = (  # of onnxscript; none changes or drops a weight, as its fusions of b
 )  # fmt: skip
 _SIZES = {"batch": 2, "other": 8}
 
-QUANTIZED = {(0, 255): "UINT8", (-128, 127): "INT8", (-127, 127): "INT8"}
+WHOLE = {(0, 255): "UINT8", (-128, 127): "INT8", (-127, 127): "INT8"}
+"""ONNX types that QuantizeLinear has in every opset, by range.
+
+A symmetric activation that is further below its range than half a step becomes -128, not -127.
+"""
+QUANTIZED = {
+    **WHOLE, (0, 127): "UINT8", (-64, 63): "INT8", (-64, 64): "INT8", (0, 15): "UINT4", (-8, 7): "INT4", (-7, 7): "INT4",
+}  # fmt: skip
 """ONNX integer types by range."""
 
 
-def inference_copy(program: Program, int8: bool) -> Program:
-    """A copy in eval mode without the loss, and without quantizers where ``int8`` is False.
+def inference_copy(program: Program, quantized: bool) -> Program:
+    """A copy in eval mode without the loss, and without quantizers where ``quantized`` is False.
 
     Raises:
-        LoweringError: A mask or an observer is left, because the passes of ``Onnx.legalize`` did not run.
+        LoweringError: A mask or an observer is left, because the passes of ``Onnx.legalize`` did not run; or something is
+            computed in bfloat16.
     """
     program = copy.deepcopy(program).eval()
     labels = frozenset(name for name in program.interface.names if is_label(name))
@@ -52,11 +60,17 @@ def inference_copy(program: Program, int8: bool) -> Program:
         program.drop_inputs(labels)
     for node in program.calls(ops.mask, ops.observe, ops.gate):
         raise LoweringError(f"{node.target} is left in the graph at {node.name}; run fold-masks and freeze-quant first")
-    for node in program.calls(ops.fake_quantize):
-        if not int8:
+    for node in program.graph.nodes:
+        if getattr(node.meta.get("val"), "dtype", None) == torch.bfloat16:
+            raise LoweringError(
+                f"{node.name} is bfloat16, for which onnxruntime's CPU provider has no kernels; use cast-mixed{{dtype=float16}}, or "
+                f"leave cast-mixed out"
+            )
+    for node in program.calls(ops.fake_quantize, ops.dynamic_fake_quantize):
+        if not quantized:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             program.graph.erase_node(node)
-        elif node.args[3:5] not in QUANTIZED:
+        elif node.target is ops.fake_quantize and node.args[3:5] not in QUANTIZED:
             raise LoweringError(
                 f"{node.name} quantizes to {node.args[3]} to {node.args[4]}; ONNX has {sorted(QUANTIZED)}"
             )
@@ -228,11 +242,14 @@ def _optimize(model: Any) -> onnx.ModelProto:
     common.InlinePass()(model)
     parameters = frozenset(model.graph.initializers)
     kept = {name for name, value in model.graph.initializers.items() if len(value.shape or ()) >= 1}
+    weights = {name for name, value in model.graph.initializers.items() if len(value.shape or ()) >= 2}
 
     def should_fold(node: Any) -> bool | None:
         parameter = any(item is not None and item.name in kept for item in node.inputs)
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             return False
+        if node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].name in weights:
+            return False  # a pass folds it and keeps the name
         return False if parameter and node.op_type != "Cast" else None  # zero-points are cast to their type
 
     for _ in range(2):

@@ -1,8 +1,9 @@
 """How single operators are written in ONNX, where ``torch.onnx`` has no form for them or one that runtimes do not fuse.
 
-``fake_quantize`` becomes QuantizeLinear and DequantizeLinear.  Attention multiplies by transposed keys and scales
-once, and a row of the mask that allows nothing gives zero, as in PyTorch.  GELU keeps the order of factors that
-onnxruntime looks for.
+``fake_quantize`` becomes QuantizeLinear and DequantizeLinear; where the type or the range is not one of QuantizeLinear's, an
+operator of our own that a pass of the draft replaces.  ``dynamic_fake_quantize`` becomes DynamicQuantizeLinear and
+DequantizeLinear.  Attention multiplies by transposed keys and scales once, and a row of the mask that allows nothing gives zero,
+as in PyTorch.  GELU keeps the order of factors that onnxruntime looks for.
 
 Import it only where onnxscript is installed.
 """
@@ -18,21 +19,57 @@ import torch
 from onnx_ir import DataType, tensor
 
 from graphprune.ir import ops
-from graphprune.targets.onnx_export import QUANTIZED
+from graphprune.targets.onnx_draft import OURS
+from graphprune.targets.onnx_export import QUANTIZED, WHOLE
 
 op: Any = importlib.import_module("onnxscript").opset18
+_values: Any = importlib.import_module("onnxscript").values
+
+
+def _own_operator() -> Any:
+    """``FakeQuantize(x, scale, zero_point)`` of our own domain, with its schema, as the exporter asks for it."""
+    schema: Any = importlib.import_module("onnx.defs").OpSchema
+    formal = schema.FormalParameter
+    attributes = ("quant_min", "quant_max", "axis", "group")
+    return _values.Op(
+        _values.Opset(OURS, 1),
+        "FakeQuantize",
+        schema(
+            "FakeQuantize",
+            OURS,
+            1,
+            inputs=[
+                formal("x", "tensor(float)"),
+                formal("scale", "tensor(float)"),
+                formal("zero_point", "tensor(int32)"),
+            ],
+            outputs=[formal("y", "tensor(float)")],
+            attributes=[schema.Attribute(name, schema.AttrType.INT) for name in attributes],
+        ),
+    )
+
+
+_ours = _own_operator()
 
 
 def _fake_quantize(  # type: ignore[no-untyped-def]
-    x, scale, zero_point, quant_min: int, quant_max: int, axis: int = -1
+    x, scale, zero_point, quant_min: int, quant_max: int, axis: int = -1, group: int = 0
 ):
-    integer = op.Cast(zero_point, to=DataType[QUANTIZED[quant_min, quant_max]])
-    where = {"axis": axis} if axis >= 0 else {}
-    if x.dtype == DataType.FLOAT:
-        quantized = op.QuantizeLinear(x, scale, integer, **where)
-        return op.DequantizeLinear(quantized, scale, integer, **where)
-    quantized = op.QuantizeLinear(op.Cast(x, to=DataType.FLOAT), scale, integer, **where)
-    return op.Cast(op.DequantizeLinear(quantized, scale, integer, **where), to=x.dtype)
+    real = x if x.dtype == DataType.FLOAT else op.Cast(x, to=DataType.FLOAT)
+    if (quant_min, quant_max) in WHOLE and not group:
+        integer = op.Cast(zero_point, to=DataType[QUANTIZED[quant_min, quant_max]])
+        where = {"axis": axis} if axis >= 0 else {}
+        quantized = op.QuantizeLinear(real, scale, integer, **where)
+        result = op.DequantizeLinear(quantized, scale, integer, **where)
+    else:
+        result = _ours(real, scale, zero_point, quant_min=quant_min, quant_max=quant_max, axis=axis, group=group)
+    return result if x.dtype == DataType.FLOAT else op.Cast(result, to=x.dtype)
+
+
+def _dynamic_fake_quantize(x, quant_min: int, quant_max: int):  # type: ignore[no-untyped-def]
+    real = x if x.dtype == DataType.FLOAT else op.Cast(x, to=DataType.FLOAT)
+    result = op.DequantizeLinear(*op.DynamicQuantizeLinear(real))
+    return result if x.dtype == DataType.FLOAT else op.Cast(result, to=x.dtype)
 
 
 def _attention(  # type: ignore[no-untyped-def]
@@ -90,5 +127,6 @@ TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.gelu.default: _gelu,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
     ops.fake_quantize: _fake_quantize,
+    ops.dynamic_fake_quantize: _dynamic_fake_quantize,
 }
 """Translations by operator. Parameters without a type are tensors, the others attributes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,6 +27,14 @@ _GOLDEN = Path(__file__).parent / "golden"
 def _seeded() -> None:
     """Start every test from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _vnni() -> Iterator[None]:
+    """Let presets take this CPU for one with VNNI, so that goldens are the same everywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx512_vnni": True})
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -45,6 +45,8 @@ FAMILIES = {
     "mixed": f"insert-masks{{criterion=movement,sparsity=0.75,select=[first],{_GROWING}}},"
     f"insert-masks{{criterion=magnitude,pattern=2:4,sparsity=0.5,select=[second],{_GROWING}}}",
     "lock": "lock-masks",
+    "quantized": f"insert-masks{{criterion=magnitude,pattern=2:4,sparsity=0.5,{_GROWING}}},"
+    "insert-fake-quant{momentum=0.1,freeze_observers=9}",
 }
 
 

@@ -44,9 +44,9 @@ def test_accepts_mappings_tuples_and_tensors(program: gp.Program) -> None:
 def test_refusals(program: gp.Program) -> None:
     with pytest.raises(gp.PassError, match="got no batches"):
         gp.training.calibrate(gp.transform(program), [])
-    with pytest.raises(gp.PassError, match="NaN or infinity"):
+    with pytest.raises(gp.PassError, match="batch 0: input 'x' has NaN"):
         gp.training.calibrate(gp.transform(program), [torch.full((2, 16), float("nan"))])
     with pytest.raises(gp.PassError, match="no observers to calibrate"):
         gp.training.calibrate(gp.trace(MODELS["mlp"](), example("mlp")), [torch.zeros(2, 16)])
-    with pytest.raises(gp.PassError, match="has seen no data"):
+    with pytest.raises(gp.PassError, match=r"first\.input has seen no data; train a step or calibrate first"):
         gp.transform(program)(torch.zeros(2, 16))

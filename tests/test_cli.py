@@ -44,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", ["inspect", "sensitivity", "prune", "transform", "export", "verify", "passes", "targets", "demo"]
+    "command", ["inspect", "sensitivity", "tune", "prune", "transform", "export", "verify", "passes", "targets", "demo"]
 )
 def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")

@@ -109,14 +109,14 @@ def test_the_command_prints_json(work: Path) -> None:
 def test_the_command_explains_an_interrupt(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from graphprune.artifact import sweep as module
 
-    evaluate = module._evaluate
+    evaluate = module.evaluate
 
     def interrupt(*arguments: object) -> float:
         if "head" in str(arguments[-1]):
             raise KeyboardInterrupt
         return evaluate(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "_evaluate", interrupt)
+    monkeypatch.setattr(module, "evaluate", interrupt)
     result = command()
     assert result.exit_code == 130
     assert "is in sensitivity.json; the same command goes on from there" in result.stderr

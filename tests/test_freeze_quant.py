@@ -99,10 +99,35 @@ def test_more_quantizers_after_freezing() -> None:
     assert torch.equal(program.tensor("first.weight"), frozen)
 
 
+def test_scales_of_frozen_observers_stay_as_they_are() -> None:
+    program, (x,) = observed("mlp"), example("mlp") or ()
+    program.freeze("observers")
+    with torch.no_grad():
+        program.tensor("first.weight").mul_(1.1)
+    scale, before = program.tensor("first.weight_scale").clone(), answer(program, x)
+    run_passes(program, "freeze-quant")
+    assert torch.equal(program.tensor("first.weight_scale"), scale)
+    assert torch.equal(answer(program, x), before)
+
+
+def test_weights_that_are_observed_only_are_not_rounded() -> None:
+    program = observed("mlp", "insert-fake-quant{select=[first]}")
+    weight = program.tensor("head.weight").detach().clone()
+    run_passes(program, "annotate-quant{select=[head]},insert-observers,freeze-quant")
+    assert torch.equal(program.tensor("head.weight"), weight)
+    assert "head.weight_scale" not in program.state_dict()
+
+
+def test_frozen_twice_is_refused_by_the_manager() -> None:
+    program = run_passes(observed("mlp"), "freeze-quant")
+    with pytest.raises(PassError, match="freeze-quant cannot run on a Program that is frozen"):
+        run_passes(program, "freeze-quant")
+
+
 def test_an_unobserved_activation_is_refused() -> None:
     program = run_passes(traced("mlp"), "insert-fake-quant")
     text = str(program)
-    with pytest.raises(PassError, match=r"first\.input has seen no data; train a step or run .*calibrate"):
+    with pytest.raises(PassError, match=r"first\.input and 2 more saw no data; train a step or calibrate"):
         FreezeQuant().run(program)
     assert str(program) == text
 

@@ -178,7 +178,7 @@ def test_an_activation_of_two_layers_is_observed_once(text: str) -> None:
 def test_a_convolution_before_batch_norm_waits_for_folding() -> None:
     result = InsertFakeQuant().run(traced("conv_bn"))
     assert result.coverage.matched == ("head.weight",)
-    assert "run fold-conv-bn before" in result.coverage.left_out["conv1.weight"]
+    assert "run fold-conv-bn first" in result.coverage.left_out["conv1.weight"]
 
 
 @pytest.mark.parametrize("momentum", [0.0, -0.1, 1.5, float("nan")])
@@ -188,19 +188,67 @@ def test_momentum_out_of_range(momentum: float) -> None:
 
 
 def test_a_site_that_is_not_there() -> None:
-    with pytest.raises(RecipeError, match="'haed' matches no site; did you mean 'head'"):
+    with pytest.raises(RecipeError, match="'haed' matches no quantizable operator; did you mean 'head'"):
         InsertFakeQuant(exclude=("haed",)).run(traced("mlp"))
 
 
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_it_acts_on_a_plan_and_only_on_that() -> None:
+    program = run_passes(traced("mlp"), "annotate-quant{select=[head],weights=int8:symmetric:tensor,activations=none}")
+    result = InsertFakeQuant().run(program)
+    assert result.coverage.matched == ("head.weight",)
+    assert [decision.scheme for _, decision in quantizers(program)] == ["int8:symmetric:tensor"]
+    again = InsertFakeQuant().run(program)
+    assert not again.changed
+    assert again.coverage.left_out == {"head.weight": "quantized already"}
+
+
+def test_observers_that_are_there_are_used() -> None:
+    program, (x,) = run_passes(traced("mlp"), "annotate-quant,insert-observers"), example("mlp") or ()
+    program.train()
+    program(x)
+    seen = {name: value.clone() for name, value in program.named_buffers()}
+    run_passes(program.eval(), "insert-fake-quant")
+    assert {name: tuple(value.shape) for name, value in program.named_buffers()} == {
+        name: tuple(value.shape) for name, value in seen.items()
+    }
+    assert all(torch.equal(value, seen[name]) for name, value in program.named_buffers())
+    assert bool(answer(program, x).isfinite().all())
+
+
+@pytest.mark.parametrize("options", [{"select": ("first",)}, {"momentum": 0.1}, {"include_last": False}])
+def test_choosing_where_a_plan_waits_is_refused(options: dict[str, object]) -> None:
+    program = run_passes(traced("mlp"), "annotate-quant")
+    (name,) = options
+    with pytest.raises(PassError, match=f"{name}: the plan of annotate-quant waits to be inserted"):
+        InsertFakeQuant(**options).run(program)  # type: ignore[arg-type]
+    assert InsertFakeQuant(freeze_observers=10, reduce_range=False).run(program).changed
+
+
+def test_times_of_freezing_change_the_program_once() -> None:
+    program = run_passes(traced("mlp"), "insert-fake-quant{freeze_observers=10}")
+    assert not InsertFakeQuant(freeze_observers=10).run(program).changed
+    assert InsertFakeQuant(freeze_observers=11).run(program).changed
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
 names = st.lists(st.text(min_size=1, max_size=8), max_size=2).map(tuple)
+operators = st.lists(st.sampled_from(["linear", "conv2d", "embedding", "addmm", "add"]), max_size=2).map(tuple)
+times = st.none() | st.integers(0, 10**6) | st.floats(0, 1, exclude_max=True) | st.just("2 epochs")
 
 
 @given(
     momentum=st.floats(0, 1, exclude_min=True),
     select=names,
     exclude=names,
-    ops=names,
+    ops=operators,
     include_last=st.booleans(),
+    reduce_range=st.none() | st.booleans(),
+    freeze_observers=times,
+    freeze_batch_norm=times,
 )
 def test_text_reads_back(**options: object) -> None:
     step = InsertFakeQuant(**options)  # type: ignore[arg-type]

@@ -165,10 +165,11 @@ def test_what_a_pass_forbids_must_not_hold() -> None:
 
 def test_properties_are_folded_over_the_pipeline() -> None:
     manager = PassManager((FindPrunable(), MASKS, InsertFakeQuant(), FoldMasks()))
-    assert manager.check_order(Property.FUNCTIONAL) == Property.FUNCTIONAL | Property.SITES | Property.FAKE_QUANT
+    quantized = Property.PLANNED | Property.OBSERVED | Property.FAKE_QUANT
+    assert manager.check_order(Property.FUNCTIONAL) == Property.FUNCTIONAL | Property.SITES | quantized
     program = manager.run(traced("mlp")).program
-    assert program.properties == Property.FUNCTIONAL | Property.SITES | Property.FAKE_QUANT
-    assert program.history == ("find-prunable", str(MASKS), "insert-fake-quant", "fold-masks")
+    assert program.properties == Property.FUNCTIONAL | Property.SITES | quantized
+    assert program.history == ("find-prunable", str(MASKS), "insert-fake-quant{reduce_range=false}", "fold-masks")
 
 
 # -- copies -----------------------------------------------------------------------------------------------------------

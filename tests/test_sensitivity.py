@@ -139,7 +139,7 @@ def test_a_file_of_other_weights_or_another_metric_is_refused(tmp_path: Path) ->
         gp.GraphPruneError, match=r"was measured with weights '\w{16}' and not '\w{16}'; choose another file"
     ):
         sensitivity(model, norm, example("mlp"), path=path, include_last=True, metric_name="norm")
-    with pytest.raises(gp.GraphPruneError, match=r"was [\d.]+ when the sweep began and is [\d.]+ now"):
+    with pytest.raises(gp.GraphPruneError, match=r"was [\d.]+ when the file was begun and is [\d.]+ now"):
         sweep(lambda program: 2 * norm(program), path=path, sparsities=(0.5, 0.6))
 
 

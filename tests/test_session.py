@@ -139,7 +139,7 @@ def test_works_through_torch_compile_wrapping(traced: gp.Program) -> None:
 
 class TestRefusals:
     def test_no_masks(self, traced: gp.Program) -> None:
-        with pytest.raises(gp.SparsityError, match=r"no masks .* run insert-masks first"):
+        with pytest.raises(gp.SparsityError, match=r"no masks .* no quantizers; run insert-masks or insert-fake-quant"):
             gp.training.Session(traced, torch.optim.SGD(traced.parameters(), lr=0.1), total_steps=5)
 
     def test_not_a_program(self) -> None:

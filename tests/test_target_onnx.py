@@ -14,6 +14,7 @@ import torch
 from graphprune.errors import LoweringError
 from graphprune.ir.program import Program
 from graphprune.ir.sites import find_sites
+from graphprune.ir.trace import trace
 from graphprune.pipeline.target import Lowered, Support
 from graphprune.sparsity.layout import to_logical
 from graphprune.targets.onnx import Onnx
@@ -25,6 +26,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 gs = pytest.importorskip("onnx_graphsurgeon")
 
 _QUANTIZED = ("bert_qa", "bert_sequence", "gpt2", "resnet", "conv_bn", "shared_weight")
+_CONVOLUTIONAL = ("resnet", "conv_bn")
 
 
 def _inputs(program: Program, batch: int, length: int = 7) -> dict[str, torch.Tensor]:
@@ -67,7 +69,7 @@ def _program(name: str, quantized: bool) -> Program:
     program = traced(name, labels=name in ("bert_qa", "gpt2"))
     _randomize(program)
     if quantized:
-        run_passes(program, "fold-conv-bn,insert-fake-quant" if name in ("resnet", "conv_bn") else "insert-fake-quant")
+        run_passes(program, "fold-conv-bn,insert-fake-quant" if name in _CONVOLUTIONAL else "insert-fake-quant")
         program.train()
         with torch.no_grad():
             for _ in range(2):
@@ -77,10 +79,18 @@ def _program(name: str, quantized: bool) -> Program:
 
 
 @functools.cache
-def _lowered(name: str, quantized: bool) -> tuple[Path, Lowered, Program]:
+def _lowered(name: str, quantized: bool, form: str = "qdq") -> tuple[Path, Lowered, Program]:
     program = _program(name, quantized)
     folder = Path(tempfile.mkdtemp(prefix="graphprune-"))
-    return folder, Onnx().lower(program, folder), program
+    return folder, Onnx(form=form).lower(program, folder), program
+
+
+@functools.cache
+def _planned(name: str, recipe: str) -> Program:
+    """A Program quantized without data."""
+    program = traced(name)
+    _randomize(program)
+    return run_passes(program, f"fold-conv-bn,{recipe}" if name in _CONVOLUTIONAL else recipe)
 
 
 def _optimized(folder: Path) -> collections.Counter[str]:
@@ -92,8 +102,12 @@ def _optimized(folder: Path) -> collections.Counter[str]:
     return collections.Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
 
 
-def _closeness(name: str, quantized: bool, batch: int) -> float:
-    folder, lowered, program = _lowered(name, quantized)
+def _closeness(name: str, quantized: bool, batch: int, form: str = "qdq") -> float:
+    return _difference(*_lowered(name, quantized, form), batch)
+
+
+def _difference(folder: Path, lowered: Lowered, program: Program, batch: int) -> float:
+    """Largest difference of the outputs, as a fraction of the largest."""
     inputs = {key: value for key, value in _inputs(program, batch).items() if key in lowered.inputs}
     expected = _outputs(program, inputs)
     actual = Onnx().open(folder)({key: value.numpy() for key, value in inputs.items()})
@@ -115,6 +129,87 @@ def test_int8_models_answer_as_their_program(name: str) -> None:
         assert _closeness(name, True, batch) < 1e-2  # a value on the edge of two integers may fall to either side
 
 
+@pytest.mark.parametrize("name", ["bert_qa", "resnet"])
+def test_integer_operators_answer_as_the_program(name: str) -> None:
+    for batch in (3, 1):
+        assert _closeness(name, True, batch, "integer") < 1e-2
+
+
+@pytest.mark.parametrize("name", ["bert_qa", "distilbert_qa", "resnet"])
+@pytest.mark.parametrize("form", ["qdq", "integer"])
+def test_every_layer_runs_in_an_integer_kernel(name: str, form: str) -> None:
+    folder, lowered, program = _lowered(name, True, form)
+    sites, _ = find_sites(program)
+    assert lowered.coverage["float kernel"] == ()
+    assert set(lowered.coverage["integer kernel"]) == {site.name for site in sites}
+    assert _optimized(folder)["DequantizeLinear"] == 0
+    operators = {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
+    assert operators & {"MatMulIntegerToFloat", "QLinearConv"} if form == "integer" else "DequantizeLinear" in operators
+
+
+@pytest.mark.parametrize("name", ["bert_qa", "conv_bn", "tied_embedding"])
+@pytest.mark.parametrize("form", ["qdq", "integer"])
+def test_dynamic_quantization(name: str, form: str, tmp_path: Path) -> None:
+    program = _planned(name, "dynamic-quant")
+    lowered = Onnx(form=form).lower(program, tmp_path)
+    assert lowered.coverage["float kernel"] == ()
+    for batch in (3, 1):
+        assert _difference(tmp_path, lowered, program, batch) < 1e-2
+    operators = _optimized(tmp_path)
+    assert not {"DequantizeLinear", "MatMulInteger"} & set(operators)
+    if name == "bert_qa":
+        assert (operators["DynamicQuantizeMatMul"], operators["MatMulIntegerToFloat"]) == (7, 6)
+        assert operators["DynamicQuantizeLinear"] == 2  # queries, keys and values of a layer share one
+
+
+_SMALL = {
+    "int4": "annotate-quant{weights=int4:symmetric:channel:group16,activations=none,embeddings=none}",
+    "uint4": "annotate-quant{weights=uint4:affine:channel,activations=none,embeddings=uint4:affine:channel}",
+    "int8": "annotate-quant{weights=int8:symmetric:channel:group16,activations=none,embeddings=int8:symmetric:channel:group16}",
+}
+
+
+@pytest.mark.parametrize("name", ["bert_qa", "gpt2_conv1d"])
+@pytest.mark.parametrize("kind", _SMALL)
+@pytest.mark.parametrize(("opset", "form"), [(18, "qdq"), (21, "qdq"), (21, "integer")])
+def test_small_weights(name: str, kind: str, opset: int, form: str, tmp_path: Path) -> None:
+    program = _planned(name, f"{_SMALL[kind]},insert-fake-quant,freeze-quant")
+    target = Onnx(opset=opset, form=form)
+    lowered = target.lower(program, tmp_path)
+    sites, _ = find_sites(program)
+    names = {site.name for site in sites}
+    assert names <= set(lowered.coverage[kind])
+    assert set(lowered.coverage["integer kernel"]) == names
+    assert _difference(tmp_path, lowered, program, 3) < 2e-2
+    weights = target.weights(tmp_path, {site.name: site.layout.value for site in sites})
+    for site in sites:
+        logical = to_logical(program.tensor(site.name).detach(), site.layout).numpy()
+        stored = weights[site.name]
+        assert str(stored.values.dtype) == kind
+        assert stored.scale is not None
+        assert stored.zero_point is not None
+        scale, offset = (_spread(np.asarray(item), logical) for item in (stored.scale, stored.zero_point))
+        assert np.allclose((stored.values.astype(np.float32) - offset) * scale, logical, rtol=1e-6, atol=1e-8)
+        assert np.array_equal(stored.zeros, logical == 0)
+
+
+def test_a_large_table_is_stored_as_integers(tmp_path: Path) -> None:
+    """The exporter folds constants of some size only; a table has a zero-point for each of many rows."""
+    model = torch.nn.Sequential(torch.nn.Embedding(5000, 8), torch.nn.Linear(8, 4)).eval()
+    program = run_passes(trace(model, (torch.zeros(2, 3, dtype=torch.int64),)), "dynamic-quant")
+    lowered = Onnx().lower(program, tmp_path)
+    assert lowered.coverage["int8"] == ("1.weight", "0.weight")
+    assert lowered.passes["look-up-integers"] == 1
+    operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert not operators & {"QuantizeLinear", "DequantizeLinear"}
+
+
+def _spread(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Scales of rows or of their parts, for every entry."""
+    values = values.astype(np.float32).reshape(len(values), -1) if values.ndim else values.astype(np.float32)
+    return np.repeat(values, like.shape[1] // values.shape[1], axis=1) if values.ndim else values
+
+
 @pytest.mark.parametrize("name", _QUANTIZED)
 @pytest.mark.parametrize("quantized", [False, True])
 def test_weights_come_back_as_they_were(name: str, quantized: bool) -> None:
@@ -122,7 +217,7 @@ def test_weights_come_back_as_they_were(name: str, quantized: bool) -> None:
     sites, _ = find_sites(program)
     weights = Onnx().weights(folder, {site.name: site.layout.value for site in sites})
     assert set(weights) == {site.name for site in sites}
-    assert set(lowered.coverage["int8" if quantized else "float"]) == set(weights)
+    assert set(weights) <= set(lowered.coverage["int8" if quantized else "float"])
     for site in sites:
         logical = to_logical(program.tensor(site.name).detach(), site.layout).numpy()
         stored = weights[site.name]
@@ -140,7 +235,7 @@ def test_weights_come_back_as_they_were(name: str, quantized: bool) -> None:
 def test_every_linear_runs_on_integers() -> None:
     folder, lowered, _ = _lowered("bert_sequence", True)
     operators = _optimized(folder)
-    assert operators["MatMulIntegerToFloat"] + operators["QGemm"] == len(lowered.coverage["int8"])
+    assert operators["MatMulIntegerToFloat"] + operators["QGemm"] == len(lowered.coverage["integer kernel"])
     assert operators["DequantizeLinear"] == 0
     assert operators["BiasGelu"] == 2
     assert operators["SkipLayerNormalization"] == 0
@@ -149,12 +244,15 @@ def test_every_linear_runs_on_integers() -> None:
 def test_gpt2_layers_run_on_integers() -> None:
     folder, lowered, _ = _lowered("gpt2", True)
     operators = _optimized(folder)
-    assert operators["QGemm"] == len(lowered.coverage["int8"])
+    assert operators["QGemm"] == len(lowered.coverage["integer kernel"]) - 1
+    assert operators["MatMulIntegerToFloat"] == 1  # the output layer, whose weight is the embedding's
+    assert lowered.passes["sink-dequantize"] == 1
 
 
 def test_convolutions_with_quantized_results_run_on_integers() -> None:
     operators = _optimized(_lowered("conv_bn", True)[0])
-    assert operators["QLinearConv"] == 1  # the second goes into a mean, which nothing quantizes
+    assert operators["QLinearConv"] == 2
+    assert operators["QLinearGlobalAveragePool"] == 1
     assert operators["QGemm"] == 1
 
 
@@ -192,12 +290,12 @@ def test_a_tied_embedding_is_stored_once() -> None:
 def test_the_program_is_left_as_it_was(tmp_path: Path) -> None:
     program = _program("bert_qa", True)
     before, names = str(program), program.interface.names
-    Onnx(int8=False).lower(program, tmp_path)
+    Onnx(form="float").lower(program, tmp_path)
     assert (str(program), program.interface.names) == (before, names)
 
 
 def test_float_option_leaves_quantizers_out(tmp_path: Path) -> None:
-    lowered = Onnx(int8=False).lower(_program("conv_bn", True), tmp_path)
+    lowered = Onnx(form="float").lower(_program("conv_bn", True), tmp_path)
     assert lowered.coverage["int8"] == ()
     operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert not operators & {"QuantizeLinear", "DequantizeLinear"}

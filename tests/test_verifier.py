@@ -12,6 +12,7 @@ from graphprune.errors import VerifyError
 from graphprune.ir import ops
 from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
+from graphprune.ir.quant_plan import Operand, QuantPlan
 from graphprune.ir.quantizing import Quantizer
 from graphprune.ir.verifier import verify
 from tests.models import MODELS, example
@@ -151,7 +152,7 @@ def test_channels_and_scales_agree() -> None:
         name = f"first.weight_{kind}"
         program.remove_buffer(name)
         program.add_buffer(name, torch.ones(16, dtype=dtype) if kind == "scale" else torch.zeros(16, dtype=dtype))
-    with pytest.raises(VerifyError, match=r"scale has shape \(16,\), the channels \(32,\)"):
+    with pytest.raises(VerifyError, match=r"scale has shape \(16,\), its scheme asks for \(32,\)"):
         verify(program)
 
 
@@ -192,3 +193,63 @@ def test_rules_of_a_property_hold_only_with_it() -> None:
     program.properties &= ~Property.FAKE_QUANT
     verify(program)
     assert isinstance(program.get_parameter("first.weight"), nn.Parameter)
+
+
+# -- planned, observed ------------------------------------------------------------------------------------------------
+
+
+def observed() -> Program:
+    """A plan with observers, the head's with a histogram."""
+    return run_passes(traced("mlp"), 'annotate-quant{rules=["name head: observer=percentile"]},insert-observers')
+
+
+def _replan(position: int, *, weight: bool) -> Break:
+    def change(program: Program) -> None:
+        node = node_of(program, torch.ops.aten.linear.default)
+        operand = Operand(position, "int8:symmetric:channel", "min-max", weight)
+        program.annotate(node, QuantPlan.of("first.weight", [operand]))
+
+    return change
+
+
+def test_plans_and_observers_are_valid() -> None:
+    verify(run_passes(traced("bert_qa"), "annotate-quant"))
+    verify(observed())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_replan(7, weight=False), r"planned at linear: argument 7 is planned and no value"),
+        (_replan(0, weight=True), r"planned at linear: argument 0 is planned as a weight and is none"),
+        (
+            lambda p: p.forget(node_of(p, ops.observe), Quantizer),
+            "observed at observe.*: it carries no decision; insert it with insert-observers",
+        ),
+        (
+            lambda p: node_of(p, ops.observe).update_arg(8, "int8:symmetric:tensor"),
+            "observed at observe.*: it does not observe as its decision says",
+        ),
+        (
+            lambda p: node_of(p, ops.observe).update_arg(1, next(iter(p.graph.find_nodes(op="placeholder")))),
+            "observed at observe.*: its range must be a buffer of the Program",
+        ),
+        (
+            _replace("first.input_high", torch.zeros(2)),
+            "observed at observe.*: its range, scale and zero-point differ in shape",
+        ),
+        (
+            _replace("first.weight_scale", torch.ones(16)),
+            "observed at observe.*: its range, scale and zero-point differ in shape",
+        ),
+        (
+            _replace("head.input_histogram", torch.zeros(3, 64)),
+            "observed at observe.*: it needs one histogram for each range",
+        ),
+    ],
+)
+def test_a_broken_plan_or_observer_is_named(change: Break, message: str) -> None:
+    program = observed()
+    change(program)
+    with pytest.raises(VerifyError, match=message):
+        verify(program)

@@ -1,7 +1,7 @@
 """Measure graphprune's speed and memory goals as ratios of interleaved runs, with medians.
 
     python tools/bench.py                     # all, on BERT-base; about 20 minutes on 2 cores
-    python tools/bench.py --only passes       # one of: passes, step, update, large, memory, int8, inc
+    python tools/bench.py --only passes       # one of: passes, step, update, large, memory, int8, calibration, inc
     python tools/bench.py --layers 2          # a smaller BERT, to try it
 
 A ratio is the median of its numerator over the median of its denominator, both measured in turn. ``inc`` compares with Intel
@@ -22,10 +22,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import typer
 from benchmarks.inc import bench_inc
-from benchmarks.int8 import bench_int8
 from benchmarks.measuring import Measure, Setting, Unavailable
 from benchmarks.memory import bench_memory
 from benchmarks.passes import bench_passes
+from benchmarks.quantization import bench_calibration, bench_int8
 from benchmarks.training import bench_large, bench_step, bench_update
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +39,7 @@ BENCHES: Mapping[str, Callable[[Setting], Iterator[Measure]]] = {
     "large": bench_large,
     "memory": bench_memory,
     "int8": bench_int8,
+    "calibration": bench_calibration,
     "inc": bench_inc,
 }
 

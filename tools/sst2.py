@@ -5,8 +5,9 @@
     python tools/sst2.py --quick              # a tiny random model on made-up phrases; needs no data; seconds
 
 For each seed all-MiniLM-L6-v2 is fine-tuned (row ``dense``) and then pruned while it is distilled from that dense model.
-Every finished run is one JSON line in ``runs.jsonl`` of the output folder. A table that was interrupted goes on behind its last
-finished run, and several processes may share the folder where each has seeds of its own.
+Every finished run is one JSON line in ``runs.jsonl`` of the output folder, and every model is saved in a folder there.
+A table that was interrupted goes on behind its last finished run, and several processes may share the folder where each has
+seeds of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Annotated, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import safetensors.torch
 import torch
 import typer
 from rich.console import Console
@@ -41,6 +43,7 @@ from graphprune.ir.masking import masked_sites
 from graphprune.sparsity.layout import to_logical
 
 RUNS = "runs.jsonl"
+_SETTINGS = "settings.json"
 
 
 def accuracy(model: Callable[..., Any], phrases: Phrases) -> float:
@@ -116,12 +119,12 @@ class Experiment:
         started = time.perf_counter()
         if row.name == DENSE:
             model = self._fine_tune(self.task.load(0.1), self.settings.dense_steps, seed, row.name)
-            with written(self._dense_file(seed)) as path:
-                torch.save({"settings": self._dense_settings, "model": model.state_dict()}, path)
+            self._save_dense(model, seed)
         elif row.pattern is None:
             model = self._fine_tune(self.dense(seed, dropout=0.1), self.settings.prune_steps, seed, row.name)
         else:
             model, sparsity, holds = self._prune(row, seed)
+            gp.save(model, program_folder(self.out, row, seed), overwrite=True)
         seconds = time.perf_counter() - started
         return Result(
             row.name, seed, accuracy(model.eval(), self.task.dev), sparsity, holds, round(seconds, 1),
@@ -130,22 +133,27 @@ class Experiment:
 
     def dense(self, seed: int, dropout: float = 0.0) -> Any:
         """The dense model of a seed, in eval mode; it is trained where its file is missing or of other settings."""
-        path = self._dense_file(seed)
+        folder = program_folder(self.out, ROWS[DENSE], seed)
         with contextlib.suppress(FileNotFoundError):
-            content = torch.load(path, weights_only=True)
-            if content["settings"] == self._dense_settings:
+            if json.loads((folder / _SETTINGS).read_text(encoding="utf-8")) == self._dense_settings:
                 model = self.task.load(dropout)
-                model.load_state_dict(content["model"])
+                model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
                 return model.eval()
         self.run(ROWS[DENSE], seed)
         return self.dense(seed, dropout)
 
+    def _save_dense(self, model: Any, seed: int) -> None:
+        """Save a dense model and its tokenizer as Hugging Face's libraries load them."""
+        folder = program_folder(self.out, ROWS[DENSE], seed)
+        model.save_pretrained(folder)
+        if self.task.tokenizer is not None:
+            self.task.tokenizer.save_pretrained(folder)
+        with written(folder / _SETTINGS) as path:
+            path.write_text(json.dumps(self._dense_settings), encoding="utf-8")
+
     @property
     def _dense_settings(self) -> dict[str, float]:
         return self.settings.of_row(DENSE)
-
-    def _dense_file(self, seed: int) -> Path:
-        return self.out / f"dense-{seed}.pt"
 
     def _fine_tune(self, model: Any, steps: int, seed: int, name: str) -> Any:
         def loss(batch: Sequence[int]) -> Tensor:
@@ -154,7 +162,7 @@ class Experiment:
         self._fit(model, loss, Stage(f"seed {seed}: {name}", steps, self.settings.dense_rate), seed)
         return model
 
-    def _prune(self, row: Row, seed: int) -> tuple[nn.Module, float, bool]:
+    def _prune(self, row: Row, seed: int) -> tuple[gp.Program, float, bool]:
         """Prune the dense model while it is distilled from itself; then fold the masks and measure the weights."""
         settings, teacher = self.settings, self.dense(seed)
         example = self.task.train.inputs([0, 1])
@@ -220,6 +228,11 @@ class Experiment:
             made = batches(self.task.train.items, self.settings.tokens, seed=seed * 1_000 + epoch)
             yield from made[: steps - step]
             step, epoch = step + len(made), epoch + 1
+
+
+def program_folder(out: Path, row: Row, seed: int) -> Path:
+    """Where the model of a run is saved: ``dense-0`` for Hugging Face, or a Program with its masks folded, such as ``4x1-0``."""
+    return out / f"{(row.pattern or row.name).replace(':', '-')}-{seed}"
 
 
 def finished(out: Path, settings: Settings) -> dict[tuple[str, int], Result]:

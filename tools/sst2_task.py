@@ -50,8 +50,8 @@ class Settings:
     tokens: int = 256
     dense_steps: int = 1600
     dense_rate: float = 1e-4
-    prune_steps: int = 800
-    prune_rate: float = 3e-4
+    prune_steps: int = 2000
+    prune_rate: float = 2e-4
     rising: float = 0.05
     warm_up: float = 0.03
     cool_down: float = 0.6
@@ -124,11 +124,13 @@ class Task:
         train: Training phrases.
         dev: Phrases that accuracy is measured on.
         load: Makes the model to start from, with a fraction of dropout; its classifier comes from torch's generator.
+        tokenizer: What made the tokens, None where they are made up.
     """
 
     train: Phrases
     dev: Phrases
     load: Callable[[float], Any]
+    tokenizer: Any = None
 
 
 def data_folder() -> Path:
@@ -188,7 +190,7 @@ def read_task(folder: Path, settings: Settings) -> Task:
             attention_probs_dropout_prob=dropout,
         )
 
-    return Task(train, Phrases(tokenize(tokenizer, texts, settings.length), labels), load)
+    return Task(train, Phrases(tokenize(tokenizer, texts, settings.length), labels), load, tokenizer)
 
 
 def made_up_task(settings: Settings) -> Task:

@@ -51,6 +51,7 @@ def save_program(program: Program, folder: Path | str, *, overwrite: bool = Fals
         },
         "passes": list(program.history),
         "training": program.training,
+        "frozen": sorted(program.frozen),
     }
     config = getattr(program, "config", None)
     if config is not None:
@@ -105,6 +106,7 @@ def load_program(folder: Path | str, model: nn.Module | None = None) -> Program:
     for name, first in ties.items():
         owner, _, leaf = name.rpartition(".")
         setattr(program.get_submodule(owner), leaf, program.get_parameter(first))
+    program.frozen = frozenset(record.get("frozen", ()))
     program.train(bool(record["training"]))
     check_patterns(program)
     return program

@@ -12,6 +12,7 @@ import numpy as np
 
 from graphprune.artifact.files import sha256, written_folder
 from graphprune.artifact.manifest import FORMAT, FileEntry, Manifest, SiteEntry, versions
+from graphprune.artifact.nodes import SIZES, record
 from graphprune.artifact.samples import make_inputs, run_program, write_samples
 from graphprune.artifact.verification import measure_parity, measure_site, verify
 from graphprune.errors import LoweringError, VerifyError
@@ -22,7 +23,7 @@ from graphprune.ir.sites import find_sites
 from graphprune.pipeline.manager import PassManager
 from graphprune.pipeline.recipe import Recipe
 from graphprune.pipeline.registry import make_target
-from graphprune.pipeline.target import Target
+from graphprune.pipeline.target import Lowered, Target
 from graphprune.sparsity.layout import to_logical
 
 _TOLERANCE = {"float": 1e-4, "quantized": 5e-2}  # of the outputs' largest value
@@ -44,6 +45,7 @@ def export(
     processor: Any | None = None,
     tolerance: float | None = None,
     overwrite: bool = False,
+    per_node: bool | None = None,
 ) -> Artifact:
     """Lower a Program, measure the lowered file, and verify it.
 
@@ -56,6 +58,9 @@ def export(
             in float; 5e-2 where activations are quantized, because a rounding that falls the other way moves a value by
             one quantization step.
         overwrite: Replace a folder with other content too.
+        per_node: Record what the Program computes inside for a small sample (one example, eight tokens), in
+            ``nodes.safetensors``, for ``verify(..., per_node=True)``. None does so for quantized Programs, where the target
+            can tell which value is where.
 
     Returns:
         The artifact.
@@ -78,6 +83,8 @@ def export(
         inputs = make_inputs(legal)
         outputs = [run_program(legal, sample, lowered.outputs) for sample in inputs]
         write_samples(folder, inputs, outputs)
+        if per_node or (per_node is None and Property.FAKE_QUANT in legal.properties):
+            _record_nodes(folder, legal, goal, lowered, required=bool(per_node))
         _write_companions(folder, legal, processor)
         scale = max(
             float(np.abs(value[np.isfinite(value)]).max(initial=0.0)) for item in outputs for value in item.values()
@@ -99,8 +106,9 @@ def export(
                 if path.is_file()
             ],
             sites=_measure_sites(legal, goal, folder),
-            parity=measure_parity(goal, folder, allowed),
+            parity=measure_parity(goal, folder, allowed, in_steps=kind == "quantized"),
             coverage={key: list(names) for key, names in lowered.coverage.items()},
+            passes=dict(lowered.passes),
         )
         manifest.write(folder)
         try:
@@ -118,6 +126,18 @@ def _legalize(program: Program, target: Target) -> Program:
         if not step.requires & ~legal.properties and not step.establishes & legal.properties:
             legal = PassManager((step,)).run(legal, in_place=True).program
     return legal
+
+
+def _record_nodes(folder: Path, program: Program, target: Target, lowered: Lowered, *, required: bool) -> None:
+    sample = make_inputs(program, sizes=SIZES)[0]
+    recording = record(program, target.nodes(folder), sample, run_program(program, sample, lowered.outputs))
+    if recording.inner:
+        recording.write(folder)
+    elif required:
+        raise LoweringError(
+            f"per_node: nothing that {program.name} computes inside can be found in what target {target.name} wrote; "
+            f"export without per_node"
+        )
 
 
 def _measure_sites(program: Program, target: Target, folder: Path) -> list[SiteEntry]:

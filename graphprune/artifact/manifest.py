@@ -73,11 +73,20 @@ class SiteEntry(_Entry):
 
 
 class Parity(_Entry):
-    """How far the lowered model's outputs are from the Program's, on the stored samples."""
+    """How far the lowered model's outputs are from the Program's, on the stored samples.
+
+    Attributes:
+        max_abs: Largest absolute difference.
+        tolerance: Largest allowed difference.
+        worst_node: The output where the largest difference is.
+        steps: For quantized Programs, the largest difference in quantization steps, each the range of an output / 255; else
+            None, as in artifacts of older versions.
+    """
 
     max_abs: float
     tolerance: float
     worst_node: str
+    steps: float | None = None
 
 
 class Manifest(_Entry):
@@ -95,6 +104,7 @@ class Manifest(_Entry):
     sites: list[SiteEntry]
     parity: Parity
     coverage: dict[str, list[str]]
+    passes: dict[str, int] = {}
 
     def sparsity(self, names: Collection[str] | None = None) -> float:
         """Sparsity over several sites together, each in units of its pattern.

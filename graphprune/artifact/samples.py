@@ -20,8 +20,15 @@ _SIZES = ({0: 2, 1: 16}, {0: 3, 1: 7})  # batch and sequence of each sample, whe
 Arrays = dict[str, np.ndarray]
 
 
-def make_inputs(program: Program, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Random inputs of two different sizes.
+def make_inputs(
+    program: Program, seed: int = 0, sizes: Sequence[Mapping[int, int]] = _SIZES
+) -> list[dict[str, Tensor]]:
+    """Random inputs, of two different sizes unless told otherwise.
+
+    Args:
+        program: Whose inputs.
+        seed: Of the random numbers.
+        sizes: For each sample, the size of each dimension where it is dynamic.
 
     Returns:
         One mapping a sample: ids in the vocabulary, masks with padding at the end, normally distributed floats.
@@ -30,10 +37,10 @@ def make_inputs(program: Program, seed: int = 0) -> list[dict[str, Tensor]]:
     config = getattr(program, "config", None)
     vocabulary = int(getattr(config, "vocab_size", None) or 8)
     samples = []
-    for sizes in _SIZES:
+    for chosen in sizes:
         sample: dict[str, Tensor] = {}
         for item in program.interface.inputs:
-            shape = [size if isinstance(size, int) else sizes.get(dim, 5) for dim, size in enumerate(item.shape)]
+            shape = [size if isinstance(size, int) else chosen.get(dim, 5) for dim, size in enumerate(item.shape)]
             if item.dtype.is_floating_point:
                 sample[item.name] = torch.randn(shape, generator=generator).to(item.dtype)
             elif "mask" in item.name:

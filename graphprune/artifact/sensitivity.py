@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from graphprune.artifact.files import written
-from graphprune.errors import GraphPruneError, SparsityError
+from graphprune.artifact.measurements import differences, plain_text, read_measurements, write_measurements
+from graphprune.errors import SparsityError
 from graphprune.pipeline.recipe import Recipe
 from graphprune.sparsity.distribution import from_sensitivity
 
 _FORMAT = 1
-_WIDTH = 10_000  # plain text is never cut: columns are as wide as their widest entry
 
 
 @dataclass(frozen=True)
@@ -194,9 +191,7 @@ class Sensitivity:
         Raises:
             GraphPruneError: It cannot be written.
         """
-        with written(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        return Path(path)
+        return write_measurements(path, self.to_dict())
 
     @classmethod
     def load(cls, path: Path | str) -> Sensitivity:
@@ -205,23 +200,11 @@ class Sensitivity:
         Raises:
             GraphPruneError: The file cannot be read, or holds something else.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise GraphPruneError(f"{path} cannot be read: {error}") from error
-        try:
-            if data["format"] != _FORMAT:
-                raise GraphPruneError(f"{path} has format {data['format']}; this graphprune reads {_FORMAT}")
-            return _read(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise GraphPruneError(
-                f"{path} is no sensitivity file ({type(error).__name__}: {error}); choose another file, or delete it"
-            ) from error
+        return read_measurements(path, "sensitivity", _FORMAT, _read)
 
     def differences(self, other: SweepSettings) -> str:
         """Say in what other settings differ from these; empty where they are the same."""
-        pairs = ((item.name, getattr(self.settings, item.name), getattr(other, item.name)) for item in fields(other))
-        return ", ".join(f"{name} {ours!r} and not {theirs!r}" for name, ours, theirs in pairs if ours != theirs)
+        return differences(self.settings, other)
 
     def plot(self, path: Path | str) -> Path:
         """Draw the drops as a heat map, layers by sparsities, to a ``.png``, ``.svg`` or ``.pdf`` file.
@@ -259,10 +242,7 @@ class Sensitivity:
         return self.table()
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, legacy_windows=False)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        return plain_text(self)
 
 
 def _targeted(site: MeasuredSite) -> tuple[str, ...]:

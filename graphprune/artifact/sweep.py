@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import numbers
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from graphprune.artifact.evaluation import Metric, check_repeats, evaluate, fingerprint, metric_title
 from graphprune.artifact.sensitivity import MeasuredSite, Sensitivity, SweepSettings
 from graphprune.errors import GraphPruneError, RecipeError, SparsityError
 from graphprune.ir.choosing import initial_scores, update_masks
@@ -23,12 +21,6 @@ from graphprune.sparsity.criteria import parse_criterion
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 """Sparsities that a sweep measures unless it is told others."""
-
-Metric = Callable[[Program], object]
-"""A function of a Program, which is called like the model that it was traced from; returns a finite number."""
-
-_REPEATS = 1e-3
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def sensitivity(
@@ -100,8 +92,8 @@ def sensitivity(
     _check_reachable(layers, sparsities)
     settings = SweepSettings(
         model=name or program.name,
-        weights=_fingerprint(program),
-        metric=metric_name or f"{getattr(metric, '__module__', '')}:{getattr(metric, '__qualname__', repr(metric))}",
+        weights=fingerprint(program),
+        metric=metric_name or metric_title(metric),
         lower_is_better=lower_is_better,
         pattern=pattern,
         criterion=str(parse_criterion(criterion)),
@@ -186,21 +178,18 @@ def _measure(
     called = found.settings.metric
     if watch is not None:
         watch(total - len(todo) - 1, total, "dense")
-    dense = _evaluate(metric, program, called, "of the dense model")
+    dense = evaluate(metric, program, called, "of the dense model")
     if math.isnan(found.dense):
         found = Sensitivity(found.settings, dense, found.sites)
-    elif not math.isclose(dense, found.dense, rel_tol=_REPEATS, abs_tol=1e-12):
-        raise GraphPruneError(
-            f"{path}: metric {called} of the dense model was {found.dense:.6g} when the sweep began and is {dense:.6g} now, so "
-            f"the metric or its data changed; choose another file, or delete it to start anew"
-        )
+    else:
+        check_repeats(dense, found.dense, f"{path}: metric {called} of the dense model")
     for done, (title, sparsity) in enumerate(todo, total - len(todo)):
         if watch is not None:
             watch(done, total, f"{title} at {sparsity:g}")
         sites = layers[title]
         try:
             _prune(sites, sparsity)
-            value = _evaluate(metric, program, called, f"with {title} pruned to {sparsity:g}")
+            value = evaluate(metric, program, called, f"with {title} pruned to {sparsity:g}")
         finally:
             for site in sites:
                 site.mask.fill_(True)
@@ -214,31 +203,3 @@ def _measure(
 
 def _prune(sites: Sequence[MaskedSite], sparsity: float) -> None:
     update_masks(sites, sparsity, initial_scores(sites))
-
-
-@torch.no_grad()
-def _evaluate(metric: Metric, program: Program, called: str, where: str) -> float:
-    program.eval()
-    try:
-        value = metric(program)
-    except GraphPruneError:
-        raise
-    except Exception as error:  # a user's function may raise anything
-        raise GraphPruneError(f"metric {called} {where} failed with {type(error).__name__}: {error}") from error
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        shown = f"{value!r}" if isinstance(value, (numbers.Real, type(None))) else f"a {type(value).__name__}"
-        raise GraphPruneError(f"metric {called} {where} returned {shown}; it must return a finite number")
-    return float(value) + 0.0  # -0.0 is 0.0
-
-
-def _fingerprint(program: Program) -> str:
-    """Name all parameters' values in 16 hexadecimal digits; the same on every machine and number of threads."""
-    digest = hashlib.sha256()
-    for name, parameter in program.named_parameters():
-        bits = parameter.detach().contiguous().view(_BITS[parameter.element_size()])
-        digest.update(
-            f"{name} {tuple(parameter.shape)} {parameter.dtype} {int(bits.sum(dtype=torch.int64))}\n".encode()
-        )
-    return digest.hexdigest()[:16]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from graphprune.artifact.files import MANIFEST, sha256
 from graphprune.artifact.manifest import Manifest, Parity, SiteEntry, digest_of_zeros
+from graphprune.artifact.node_report import NodeReport, absolute_difference, compare_nodes, step_of
+from graphprune.artifact.nodes import NODES
 from graphprune.artifact.samples import Arrays, read_samples
 from graphprune.errors import VerifyError
 from graphprune.ir.sites import Site
@@ -39,19 +41,36 @@ class Report:
     folder: Path
     manifest: Manifest
     checks: tuple[Check, ...]
+    nodes: NodeReport | None = None
 
     @property
     def passed(self) -> bool:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
-    def __rich__(self) -> Table:
+    def raise_failures(self) -> None:
+        """Raise a VerifyError that lists every failure; nothing where all checks passed."""
+        failures = [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
+        if failures:
+            raise VerifyError(f"{self.folder} does not hold what its manifest says: " + "; ".join(failures))
+
+    def to_dict(self) -> dict[str, object]:
+        """What ``--json`` prints."""
+        return {
+            "folder": str(self.folder),
+            "target": self.manifest.target,
+            "passed": self.passed,
+            "checks": [asdict(check) for check in self.checks],
+            "nodes": None if self.nodes is None else self.nodes.to_dict(),
+        }
+
+    def __rich__(self) -> Table | Group:
         table = Table(title=f"{self.folder} ({self.manifest.target})", title_justify="left")
         for column in ("check", "result", "detail"):
             table.add_column(column)
         for check in self.checks:
             table.add_row(check.name, "[green]passed" if check.passed else "[red]FAILED", check.detail)
-        return table
+        return table if self.nodes is None else Group(table, self.nodes)
 
     def __str__(self) -> str:
         console = Console(width=140, no_color=True)
@@ -60,7 +79,7 @@ class Report:
         return capture.get()
 
 
-def verify(folder: Path | str) -> Report:
+def verify(folder: Path | str, *, per_node: bool = False) -> Report:
     """Repeat every check of an artifact from its files alone.
 
     Checked are: each file's size and SHA-256 and that no file is missing; for each site the measured sparsity, the pattern and the
@@ -68,12 +87,34 @@ def verify(folder: Path | str) -> Report:
 
     Args:
         folder: An artifact.
+        per_node: Compare each node too: every quantizer, and every result of a weight's operator that stays in float, computed
+            by the target from the Program's own values before it. Allowed are one quantization step, and 1e-4 of the largest
+            value of a float result (2e-3 in float16, 2e-2 where weights have four bits or groups).
 
     Returns:
         The report, where all checks passed.
 
     Raises:
-        VerifyError: A check failed; the message lists every failure, with the sites' names.
+        VerifyError: A check failed; the message lists every failure, with the names of sites and of the worst node.
+    """
+    report = examine(folder, per_node=per_node)
+    report.raise_failures()
+    return report
+
+
+def examine(folder: Path | str, *, per_node: bool = False, rows: int = 20) -> Report:
+    """What ``verify`` does, up to its verdict.
+
+    Args:
+        folder: An artifact.
+        per_node: As for ``verify``.
+        rows: How many nodes the report's table shows.
+
+    Returns:
+        The report, whether checks passed or not.
+
+    Raises:
+        VerifyError: There is no artifact, or its manifest is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -85,11 +126,14 @@ def verify(folder: Path | str) -> Report:
     if not missing:
         checks.append(_check_sites(target, folder, manifest))
         checks.append(_check_parity(target, folder, manifest))
-    report = Report(folder, manifest, tuple(checks))
-    if not report.passed:
-        failures = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
-        raise VerifyError(f"{folder} does not hold what its manifest says: " + "; ".join(failures))
-    return report
+    nodes = None
+    if per_node and not missing and f"{NODES} was changed" not in files.detail:
+        try:
+            nodes = compare_nodes(target, folder, rows)
+            checks.append(Check("nodes", not nodes.faulty, nodes.summary))
+        except VerifyError as error:
+            checks.append(Check("nodes", False, str(error)))
+    return Report(folder, manifest, tuple(checks), nodes)
 
 
 def _check_files(folder: Path, manifest: Manifest) -> tuple[Check, list[str]]:
@@ -138,12 +182,14 @@ def _check_sites(target: Target, folder: Path, manifest: Manifest) -> Check:
 
 def _check_parity(target: Target, folder: Path, manifest: Manifest) -> Check:
     try:
-        measured = measure_parity(target, folder, manifest.parity.tolerance)
+        measured = measure_parity(target, folder, manifest.parity.tolerance, manifest.parity.steps is not None)
     except VerifyError as error:
         return Check("parity", False, str(error))
     except Exception as error:  # a damaged file makes its runtime fail in any way
         return Check("parity", False, f"the model does not run: {error}")
     detail = f"largest difference {measured.max_abs:.3g} at {measured.worst_node}, tolerance {measured.tolerance:.3g}"
+    if measured.steps is not None:
+        detail += f", {measured.steps:.3g} steps of the outputs' range / 255"
     return Check("parity", measured.max_abs <= manifest.parity.tolerance, detail)
 
 
@@ -187,8 +233,14 @@ def measure_site(site: Site, pattern: str | None, weight: StoredWeight, pruned: 
     )
 
 
-def measure_parity(target: Target, folder: Path, tolerance: float) -> Parity:
+def measure_parity(target: Target, folder: Path, tolerance: float, in_steps: bool = False) -> Parity:
     """Run the lowered model on the stored samples.
+
+    Args:
+        target: What the artifact was lowered to.
+        folder: An artifact.
+        tolerance: Largest allowed difference, for the record.
+        in_steps: Measure in quantization steps too.
 
     Returns:
         The largest absolute difference over all samples and outputs, and the output where it is.
@@ -196,13 +248,16 @@ def measure_parity(target: Target, folder: Path, tolerance: float) -> Parity:
     Raises:
         VerifyError: An output is missing or has another shape.
     """
-    worst, where = 0.0, ""
+    worst, where, steps = 0.0, "", 0.0
     run = target.open(folder)
     for inputs, expected in read_samples(folder):
-        difference, name = largest_difference(run(inputs), expected)
+        actual = run(inputs)
+        difference, name = largest_difference(actual, expected)
         if difference >= worst:
             worst, where = difference, name
-    return Parity(max_abs=worst, tolerance=tolerance, worst_node=where)
+        for name, want in expected.items():
+            steps = max(steps, float(absolute_difference(actual[name], want).max(initial=0.0)) / step_of(want))
+    return Parity(max_abs=worst, tolerance=tolerance, worst_node=where, steps=steps if in_steps else None)
 
 
 def largest_difference(actual: Mapping[str, np.ndarray], expected: Arrays) -> tuple[float, str]:
@@ -214,12 +269,7 @@ def largest_difference(actual: Mapping[str, np.ndarray], expected: Arrays) -> tu
             raise VerifyError(
                 f"output {name} is {'missing' if have is None else f'of shape {have.shape}, not {want.shape}'}"
             )
-        with np.errstate(invalid="ignore"):
-            apart = np.abs(have.astype(np.float64) - want.astype(np.float64))
-        apart = np.where(
-            (have == want) | (np.isnan(have) & np.isnan(want)), 0.0, np.where(np.isnan(apart), np.inf, apart)
-        )
-        largest = float(apart.max(initial=0.0))
+        largest = float(absolute_difference(have, want).max(initial=0.0))
         if largest > worst:
             worst, where = largest, name
     return max(worst, 0.0), where

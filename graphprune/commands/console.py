@@ -34,6 +34,17 @@ Inputs = Annotated[
         "is 2 or more. Repeat for each input.",
     ),
 ]
+MetricName = Annotated[
+    str,
+    typer.Option(
+        "--metric",
+        metavar="MODULE:FUNCTION",
+        help="Your function that takes a Program, which is called like the model, and returns a number. The current "
+        "directory is searched too.",
+        show_default=False,
+    ),
+]
+LowerIsBetter = Annotated[bool, typer.Option("--lower-is-better", help="The metric is a loss: smaller is better.")]
 Select = Annotated[
     list[str] | None,
     typer.Option(help="Take only these: a glob over module or weight names, or re: and an expression. Repeatable."),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,6 +15,8 @@ from graphprune.commands.console import (
     Exclude,
     IncludeLast,
     Inputs,
+    LowerIsBetter,
+    MetricName,
     Model,
     Operators,
     Select,
@@ -24,10 +25,8 @@ from graphprune.commands.console import (
     quiet_stdout,
     show,
 )
+from graphprune.commands.progress import progress
 from graphprune.errors import RecipeError
-
-if TYPE_CHECKING:
-    pass
 
 _HEADER = """\
 # Written by graphprune sensitivity: {sparsity:g} over {layers} layers, shared so that the sum of the measured drops is least.
@@ -37,24 +36,14 @@ _HEADER = """\
 
 def sensitivity(
     model: Model,
-    metric: Annotated[
-        str,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="Your function that takes a Program, which is called like the model, and returns a number. The current "
-            "directory is searched too.",
-            show_default=False,
-        ),
-    ],
+    metric: MetricName,
     sparsity: Annotated[
         list[str] | None,
         typer.Option(metavar="S[,S...]", help="Sparsities to try; default 0.5,0.7,0.8,0.9.", show_default=False),
     ] = None,
     pattern: Annotated[str, typer.Option(help="Sparsity pattern.")] = "4x1",
     criterion: Annotated[str, typer.Option(help="What ranks the weights; one that needs no data.")] = "magnitude",
-    lower_is_better: Annotated[
-        bool, typer.Option("--lower-is-better", help="The metric is a loss: smaller is better.")
-    ] = False,
+    lower_is_better: LowerIsBetter = False,
     select: Select = None,
     exclude: Exclude = None,
     op: Operators = None,
@@ -103,7 +92,7 @@ def sensitivity(
             check_plot(plot)
         function = find_function(metric, "takes a Program and returns a number")
         loaded = load(model)
-        with _progress(out) as watch:
+        with progress(out) as watch:
             found = run_sweep(
                 loaded.model,
                 function,
@@ -145,41 +134,3 @@ def _check_target(target: float | None, recipe: Path | None, tried: Sequence[flo
         raise RecipeError(
             f"--target {target} is above every sparsity to measure ({max(tried):g} at most); add a higher one to --sparsity"
         )
-
-
-@contextlib.contextmanager
-def _progress(out: Path) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on standard error with the time that is left; says where to go on when interrupted."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=86_400) as bar:
-        task = bar.add_task("tracing", total=None)
-
-        def watch(done: int, total: int, what: str) -> None:
-            if bar.tasks[0].total is None:
-                bar.reset(task, total=total, completed=done)  # what a file held takes no time
-            bar.update(task, completed=done, total=total, description=what)
-
-        try:
-            yield watch
-        except KeyboardInterrupt:
-            bar.stop()
-            if out.exists():
-                note(f"what was measured so far is in {out}; the same command goes on from there")
-            raise

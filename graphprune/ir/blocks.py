@@ -18,7 +18,7 @@ _NORMS = (
     "aten.batch_norm.default",
     "aten.instance_norm.default",
 )  # they change their third and fourth argument in train mode
-FLAGS = ("training", "observing")
+FLAGS = ("training", "observing", "calibrating", "batch_statistics")
 """Attributes that a graph reads and that are no tensors."""
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from graphprune.ir.program import Program
-from graphprune.ir.sites import OPERATORS, Site
+from graphprune.ir.sites import OPERATORS, Site, attribute_behind
 
 aten = torch.ops.aten
 _CONTRACTIONS = {
@@ -46,10 +46,10 @@ def _between_sites(program: Program, sites: tuple[Site, ...]) -> nx.DiGraph[str]
     owner = {use: site.name for site in sites for use in site.uses}
     for node in program.graph.nodes:
         operator = OPERATORS.get(node.target)
-        if operator is not None and node.name not in owner:
-            weight = node.args[operator.weight]
-            if isinstance(weight, fx.Node) and weight.op == "get_attr":
-                owner[node.name] = node.name
+        if operator is None or node.name in owner:
+            continue
+        if attribute_behind(node.args[operator.weight]) is not None:
+            owner[node.name] = node.name
     reaching: dict[fx.Node, frozenset[str]] = {}
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(site.name for site in sites)

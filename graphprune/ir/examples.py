@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import TraceError
-from graphprune.ir.interface import Fill
-from graphprune.ir.program import device_of, source_signature
+from graphprune.ir.interface import Fill, source_signature
+from graphprune.ir.program import device_of
 
 _OPTIONAL = {"attention_mask": 1, "decoder_attention_mask": 1, "token_type_ids": 0}  # input: value that means "none"
 _LABELS = ("labels", "start_positions", "end_positions")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphprune.errors import TraceError, suggest
 
@@ -182,3 +182,9 @@ def named_forward(call: Callable[..., Any], interface: Interface) -> Callable[..
 
     forward.__signature__ = interface.signature()  # type: ignore[attr-defined]
     return forward
+
+
+def source_signature(model: nn.Module) -> tuple[str, ...]:
+    """Argument names of a module's ``forward``, without ``self`` and without ``**kwargs``."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(name for name, item in inspect.signature(model.forward).parameters.items() if item.kind in kinds)

@@ -53,6 +53,7 @@ def normalize(module: fx.GraphModule, inputs: Iterable[str], dtype: torch.dtype)
     take_sizes_from_first_input(graph)
     follow_device(graph)
     follow_dtype(graph, dtype)
+    module.__dict__["batch_statistics"] = True  # as a Program has it
     follow_mode(graph)
     output = graph.output_node()
     output.args = (tuple(output.args[0]) if isinstance(output.args[0], (tuple, list)) else (output.args[0],),)
@@ -241,10 +242,10 @@ def _swap(item: object, dtype: torch.dtype, follow: fx.Node, lowest: fx.Node | N
 def follow_mode(graph: fx.Graph) -> None:
     """Make dropout, attention dropout and batch normalization follow ``train()`` and ``eval()``.
 
-    Before: ``dropout(x, 0.1, True)``. After: ``dropout(x, 0.1, training)`` where ``training`` reads the Program's flag.
-    The traced graph must be in train mode.
+    Before: ``dropout(x, 0.1, True)``. After: ``dropout(x, 0.1, training)`` where ``training`` reads the Program's flag;
+    batch normalization has one of its own, ``batch_statistics``. The traced graph must be in train mode.
     """
-    training: fx.Node | None = None
+    flags: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -261,16 +262,17 @@ def follow_mode(graph: fx.Graph) -> None:
         counter = name == "aten.add_.Tensor" and _is_counter(node)
         if position is None and not attention and not counter:
             continue
-        if training is None:
+        flag = "batch_statistics" if counter or name == "aten.batch_norm.default" else "training"
+        if flag not in flags:
             with graph.inserting_before(_first_after_attributes(graph)):
-                training = graph.create_node("get_attr", "training")
+                flags[flag] = graph.create_node("get_attr", flag)
         if position is not None:
             if node.args[position] is True:
-                node.update_arg(position, training)
+                node.update_arg(position, flags[flag])
         else:
             where = 4 if attention else 1
             with graph.inserting_before(node):
-                scaled = graph.call_function(operator.mul, (node.args[where], training))
+                scaled = graph.call_function(operator.mul, (node.args[where], flags[flag]))
             node.update_arg(where, scaled)
 
 

@@ -1,4 +1,4 @@
-"""The three operators that graphprune adds to a graph, as ``torch.library`` custom operators.
+"""The operators that graphprune adds to a graph, as ``torch.library`` custom operators.
 
 They have fake rules, so that a Program can be exported again, and gradients, so that it can be trained.
 """
@@ -10,12 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from graphprune.errors import PassError
 from graphprune.ir.gate_operators import gate as gate
 from graphprune.ir.gate_operators import noise as noise
-from graphprune.quant.affine import choose_qparams
-from graphprune.quant.observers import MovingAverageMinMax
-from graphprune.quant.schemes import parse_scheme
+from graphprune.ir.quant_operators import dynamic_fake_quantize as dynamic_fake_quantize
+from graphprune.ir.quant_operators import fake_quantize as fake_quantize
+from graphprune.ir.quant_operators import observe as observe
 
 
 @torch.library.custom_op("graphprune::mask", mutates_args=())
@@ -87,112 +86,5 @@ def _state(weight: Tensor, mask: Tensor) -> tuple[int, int, int]:
     return weight.data_ptr(), weight._version, mask._version
 
 
-@torch.library.custom_op("graphprune::fake_quantize", mutates_args=())
-def _fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int = -1
-) -> Tensor:
-    """Quantize and dequantize in float: ``(clamp(round(x / scale) + zero_point, min, max) - zero_point) * scale``.
-
-    Args:
-        x: Any float dtype and shape.
-        scale: float32, ``[]`` per tensor or ``[x.shape[axis]]`` per channel; finite and positive.
-        zero_point: int32, shape of ``scale``.
-        quant_min: Smallest integer.
-        quant_max: Largest integer.
-        axis: Channel dimension of ``x``; -1 = per tensor.
-
-    Returns:
-        Dtype and shape of ``x``. Its gradient is passed straight through inside the range and is zero outside
-        (Bengio et al., arXiv:1308.3432; Jacob et al., arXiv:1712.05877, section 3).
-    """
-    wide, scale = x.float(), scale.float()
-    if axis < 0:
-        out = torch.fake_quantize_per_tensor_affine(wide, scale, zero_point, quant_min, quant_max)
-    else:
-        out = torch.fake_quantize_per_channel_affine(wide, scale, zero_point, axis, quant_min, quant_max)
-    return out.to(x.dtype) if x.dtype != torch.float32 else out
-
-
-@_fake_quantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int = -1) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _fake_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, scale, zero_point, ctx.quant_min, ctx.quant_max, ctx.axis = inputs
-    ctx.save_for_backward(x, scale, zero_point)
-
-
-def _fake_quantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-    x, scale, zero_point = ctx.saved_tensors
-    low = (ctx.quant_min - 0.5 - zero_point) * scale
-    high = (ctx.quant_max + 0.5 - zero_point) * scale
-    if ctx.axis >= 0:
-        shape = [-1 if dim == ctx.axis else 1 for dim in range(x.dim())]
-        low, high = low.view(shape), high.view(shape)
-    inside = (x >= low) & (x <= high)
-    return grad * inside.view(torch.uint8), None, None, None, None, None
-
-
-_fake_quantize.register_autograd(_fake_quantize_backward, setup_context=_fake_quantize_setup)
-
-
-@torch.library.custom_op("graphprune::observe", mutates_args=("low", "high", "scale", "zero_point"))
-def _observe(
-    x: Tensor,
-    low: Tensor,
-    high: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    observing: bool,
-    scheme: str,
-    momentum: float,
-) -> None:
-    """Follow the range of ``x`` by a moving average and set scale and zero-point from it.
-
-    Args:
-        x: Float, any shape.
-        low: float32, ``[]`` or ``[channels]``; ``+inf`` until something was observed. Mutated while ``observing``.
-        high: As ``low``; ``-inf`` until something was observed. Mutated while ``observing``.
-        scale: float32, shape of ``low``. Mutated while ``observing``.
-        zero_point: int32, shape of ``low``. Mutated while ``observing``.
-        observing: Whether to look at ``x`` at all.
-        scheme: Text of the scheme, such as ``uint8:affine:tensor``.
-        momentum: In (0, 1]; 1 takes the last range as it is.
-
-    Raises:
-        PassError: ``x`` has NaN or infinite entries, or nothing was observed yet and ``observing`` is False.
-    """
-    if not observing:
-        if bool((high < low).any()):
-            raise PassError(
-                "an activation quantizer has seen no data; train a step or run graphprune.training.calibrate first"
-            )
-        return
-    kind = parse_scheme(scheme)
-    new_low, new_high = MovingAverageMinMax(kind.axis, momentum).update(low.float(), high.float(), x.detach())
-    new_scale, new_zero_point = choose_qparams(new_low, new_high, kind)
-    low.copy_(new_low)
-    high.copy_(new_high)
-    scale.copy_(new_scale)
-    zero_point.copy_(new_zero_point)
-
-
-@_observe.register_fake
-def _(
-    x: Tensor,
-    low: Tensor,
-    high: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    observing: bool,
-    scheme: str,
-    momentum: float,
-) -> None:
-    return None
-
-
 mask = mask_operator = torch.ops.graphprune.mask.default
-fake_quantize = torch.ops.graphprune.fake_quantize.default
-observe = torch.ops.graphprune.observe.default
-OURS = (mask, fake_quantize, observe, gate, noise)
+OURS = (mask, fake_quantize, dynamic_fake_quantize, observe, gate, noise)

@@ -122,7 +122,7 @@ class _Printer:
 
     def line(self, node: fx.Node) -> str:
         if node.op == "output":
-            return "return " + ", ".join(self.argument(item) for item in results(node.graph))
+            return "return " + ", ".join(self.argument(item) for item in results(node.graph)) + self._facts(node)
         name = self.names[node]
         if node.op == "get_attr":
             return self._attribute(node, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +16,7 @@ from graphprune.ir.blocks import Block, Holder, copy_graph, executable, flat_gra
 from graphprune.ir.interface import Interface, named_forward
 from graphprune.ir.properties import Property
 
+FREEZABLE = ("observers", "batch-norm")
 META = "graphprune"
 """Key under which ``node.meta`` holds graphprune's decisions, a mapping from decision type to a frozen dataclass."""
 
@@ -50,6 +50,9 @@ class Program(fx.GraphModule):
         properties: What holds of the graph.
         history: Texts of the passes that ran, in order.
         observing: Whether observers look at the data; follows ``train()`` and ``eval()``.
+        calibrating: Whether observers that are read once, at the end, look at the data; only while ``calibrate`` runs.
+        batch_statistics: Whether batch normalization uses the batch's statistics; follows ``train()`` and ``eval()``.
+        frozen: What no longer follows ``train()``: ``observers``, ``batch-norm``; see ``freeze``.
         config: The source model's config, where it has one.
     """
 
@@ -59,6 +62,9 @@ class Program(fx.GraphModule):
     properties: Property
     history: tuple[str, ...]
     observing: bool
+    calibrating: bool
+    batch_statistics: bool
+    frozen: frozenset[str]
     _compiled: dict[frozenset[str], Callable[..., tuple[object, ...]]]
 
     def __init__(
@@ -82,7 +88,9 @@ class Program(fx.GraphModule):
         self.properties = properties
         self.history = history
         self.training = root.training
-        self.observing = root.training
+        self.calibrating = False
+        self.frozen = frozenset()
+        self.observing = self.batch_statistics = root.training
         if config is not None:
             self.config = config
         self.graph = graph
@@ -119,10 +127,23 @@ class Program(fx.GraphModule):
     # -- modes, copies ------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Program:
-        """Set training mode; observers follow it."""
+        """Set training mode; observers and batch normalization follow it, unless they are frozen."""
         super().train(mode)
-        self.observing = mode
+        self.observing = mode and "observers" not in self.frozen
+        self.batch_statistics = mode and "batch-norm" not in self.frozen
         return self
+
+    def freeze(self, *what: str) -> None:
+        """Keep ranges (``observers``) or running statistics (``batch-norm``) as they are, in train mode too, from now on.
+
+        Raises:
+            VerifyError: Something else is named.
+        """
+        for name in what:
+            if name not in FREEZABLE:
+                raise VerifyError(f"nothing called {name!r} can be frozen{suggest(name, FREEZABLE)}")
+        self.frozen |= frozenset(what)
+        self.train(self.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         root = Holder()
@@ -139,7 +160,8 @@ class Program(fx.GraphModule):
             history=self.history,
             config=copy.deepcopy(getattr(self, "config", None), memo),
         )
-        clone.observing = self.observing
+        clone.frozen = self.frozen
+        clone.observing, clone.batch_statistics = self.observing, self.batch_statistics
         memo[id(self)] = clone
         return clone
 
@@ -353,14 +375,6 @@ def attributes(program: Program) -> dict[str, fx.Node]:
     return {str(node.target): node for node in program.graph.find_nodes(op="get_attr")}
 
 
-def snake_case(name: str) -> str:
-    """``BertForQuestionAnswering`` to ``bert_for_question_answering``."""
-    return "".join(
-        ("_" if index and letter.isupper() and not name[index - 1].isupper() else "") + letter.lower()
-        for index, letter in enumerate(name)
-    )
-
-
 def argument(node: fx.Node, position: int) -> fx.Node:
     """The node at a position among another's arguments.
 
@@ -373,14 +387,14 @@ def argument(node: fx.Node, position: int) -> fx.Node:
     return value
 
 
-def source_signature(model: nn.Module) -> tuple[str, ...]:
-    """Argument names of a module's ``forward``, without ``self`` and without ``**kwargs``."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return tuple(name for name, item in inspect.signature(model.forward).parameters.items() if item.kind in kinds)
-
-
 def device_of(program: nn.Module) -> torch.device:
     """Device of the first parameter or buffer; the CPU where there is none."""
     first: Tensor | None = next(iter(program.parameters()), None)
     first = first if first is not None else next(iter(program.buffers()), None)
     return first.device if first is not None else torch.device("cpu")
+
+
+def is_meta(program: nn.Module) -> bool:
+    """Whether there are parameters or buffers and all are on the meta device: a graph without values, as in a replay."""
+    tensors = [*program.parameters(), *program.buffers()]
+    return bool(tensors) and all(tensor.is_meta for tensor in tensors)

@@ -11,6 +11,7 @@ class Property(enum.Flag):
     ``FUNCTIONAL``: the graph computes what the source model computes (up to the masks and quantizers that passes added).
     ``SITES``: prunable weights are chosen and annotated. ``MASKED``: mask operators are in the graph.
     ``FAKE_QUANT``: fake-quantize operators are in the graph. ``FROZEN``: their scales are fixed and weights lie on the grid.
+    ``PLANNED``: operators are annotated with what will be quantized. ``OBSERVED``: observers are in the graph.
     ``PARTITIONED``: repeated blocks run as modules of their own, so the graph is not flat.
     """
 
@@ -21,6 +22,8 @@ class Property(enum.Flag):
     FAKE_QUANT = enum.auto()
     FROZEN = enum.auto()
     PARTITIONED = enum.auto()
+    PLANNED = enum.auto()
+    OBSERVED = enum.auto()
 
     def names(self) -> tuple[str, ...]:
         """The single properties in this set, in lower case and in order of definition."""

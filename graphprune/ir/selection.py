@@ -6,11 +6,22 @@ import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from graphprune.errors import RecipeError, suggest
 from graphprune.ir.coupling import last_sites
 from graphprune.ir.program import Program
 from graphprune.ir.sites import OPERATORS, Excluded, Site, find_sites
+
+
+class Named(Protocol):
+    """What can be chosen by name: a site, or anything else that has a name and lies in a module."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def module(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -87,25 +98,29 @@ class Selection:
         return tuple(chosen), tuple(left)
 
 
-def matching(sites: Iterable[Site], patterns: Iterable[str], option: str) -> set[str]:
-    """Names of the sites that globs or ``re:`` expressions match; RecipeError, naming ``option``, where one matches none."""
-    sites = tuple(sites)
+def matching(items: Iterable[Named], patterns: Iterable[str], option: str, kind: str = "site") -> set[str]:
+    """Names of the items that globs or ``re:`` expressions over module and parameter names match.
+
+    Raises:
+        RecipeError: One matches no item, or is no regular expression; names ``option`` and what ``kind`` of item there is.
+    """
+    items = tuple(items)
     found: set[str] = set()
     for text in patterns:
-        matched = {site.name for site in sites if _matches(site, text, option)}
+        matched = {item.name for item in items if _matches(item, text, option)}
         if not matched:
-            raise RecipeError(f"{option}: {text!r} matches no site{suggest(text, [site.module for site in sites])}")
+            raise RecipeError(f"{option}: {text!r} matches no {kind}{suggest(text, [item.module for item in items])}")
         found |= matched
     return found
 
 
-def _matches(site: Site, text: str, option: str) -> bool:
+def _matches(item: Named, text: str, option: str) -> bool:
     if text.startswith("re:"):
         try:
-            return any(re.search(text[3:], name) for name in (site.module, site.name))
+            return any(re.search(text[3:], name) for name in (item.module, item.name))
         except re.error as error:
             raise RecipeError(f"{option}: {text!r} is no regular expression: {error}") from None
-    return any(fnmatch.fnmatchcase(name, text) for name in (site.module, site.name))
+    return any(fnmatch.fnmatchcase(name, text) for name in (item.module, item.name))
 
 
 def selected_sites(program: Program, selection: Selection) -> tuple[tuple[Site, ...], tuple[Excluded, ...]]:

@@ -49,6 +49,9 @@ OPERATORS: dict[object, Operator] = {
 }
 """Operators whose weight is a site."""
 
+SEEN_THROUGH = (ops.mask, ops.gate, ops.fake_quantize, ops.dynamic_fake_quantize, aten.to.dtype)
+"""Operators between a weight and the operator that uses it, with the weight as their first argument."""
+
 _REASONS = {
     "embedding": "embedding: rows are looked up, not multiplied",
     "conv_transpose1d": "transposed convolution: its weight is laid out [in, out/groups, ...] and no pattern is defined for it",
@@ -149,7 +152,7 @@ def find_sites(program: Program) -> tuple[tuple[Site, ...], tuple[Excluded, ...]
 
 def _weight_nodes(program: Program) -> dict[str, list[fx.Node]]:
     """The ``get_attr`` nodes of each parameter in graph order, those of tied names under the first of them."""
-    aliases = _aliases(program)
+    aliases = parameter_names(program)
     nodes: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
         if node.op == "get_attr" and node.target in aliases:
@@ -157,7 +160,7 @@ def _weight_nodes(program: Program) -> dict[str, list[fx.Node]]:
     return nodes
 
 
-def _aliases(program: Program) -> dict[str, str]:
+def parameter_names(program: Program) -> dict[str, str]:
     """Every parameter name, tied ones included, to the first name of the same parameter."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(value), name) for name, value in program.named_parameters(remove_duplicate=False)}
@@ -208,7 +211,7 @@ def _groups(node: fx.Node, operator: Operator) -> int:
 
 
 def users_of_value(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Operators that use a weight, seen through masks and fake-quantize operators.
+    """Operators that use a weight, seen through masks, gates, quantizers and casts.
 
     Yields:
         ``(user, value)``: the operator and the argument of it that stems from the weight.
@@ -216,10 +219,17 @@ def users_of_value(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     for user in node.users:
         if user.target is ops.observe:
             continue
-        if user.target in (ops.mask, ops.fake_quantize, ops.gate) and user.args[0] is node:
+        if user.target in SEEN_THROUGH and user.args[0] is node:
             yield from users_of_value(user)
         elif user.op == "call_function" and user.target is not getattr:
             yield user, node
+
+
+def attribute_behind(value: object) -> fx.Node | None:
+    """The parameter or buffer behind an operand, seen through masks, gates, quantizers and casts; None for other values."""
+    while isinstance(value, fx.Node) and value.target in SEEN_THROUGH:
+        value = value.args[0]
+    return value if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
 
 def _rank(operator: Operator) -> int:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.errors import TraceError, suggest
-from graphprune.ir.blocks import holder_tree
+from graphprune.ir.blocks import FLAGS, holder_tree
 from graphprune.ir.examples import add_labels, add_optional_inputs, default_inputs
-from graphprune.ir.interface import Fill, Input, Interface, is_label
+from graphprune.ir.interface import Fill, Input, Interface, is_label, source_signature
 from graphprune.ir.normalize import normalize
 from graphprune.ir.parity import check_parity
-from graphprune.ir.program import Program, Source, snake_case, source_signature
+from graphprune.ir.program import Program, Source
 from graphprune.ir.verifier import verify
 
 _SIZE_NAMES = ("b", "s", "t", "u", "v", "w", "x", "y", "z")
@@ -228,7 +228,7 @@ def _build(
     return Program(
         root,
         graph,
-        name=snake_case(kind.__name__),
+        name=_snake_case(kind.__name__),
         interface=interface,
         source=Source(f"{kind.__module__}:{kind.__qualname__}", factory, options),
         config=getattr(model, "config", None),
@@ -238,7 +238,7 @@ def _build(
 def _keep_constants(module: fx.GraphModule, root: nn.Module, graph: fx.Graph) -> None:
     """Register tensors that tracing lifted out of the code as buffers that are not saved, so that they move with ``to``."""
     for node in graph.nodes:
-        if node.op != "get_attr" or node.target == "training":
+        if node.op != "get_attr" or node.target in FLAGS:
             continue
         owner, _, leaf = node.target.rpartition(".")
         try:
@@ -259,7 +259,7 @@ def _merge_tied(root: nn.Module, graph: fx.Graph) -> None:
     first = {id(value): name for name, value in root.named_parameters()}
     kept: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "get_attr" or node.target == "training":
+        if node.op != "get_attr" or node.target in FLAGS:
             continue
         owner, _, leaf = node.target.rpartition(".")
         node.target = first.get(id(getattr(root.get_submodule(owner), leaf)), node.target)
@@ -318,3 +318,11 @@ def _quiet() -> Iterator[None]:
     finally:
         for item, level in zip(loggers, levels, strict=True):
             item.setLevel(level)
+
+
+def _snake_case(name: str) -> str:
+    """``BertForQuestionAnswering`` to ``bert_for_question_answering``."""
+    return "".join(
+        ("_" if index and letter.isupper() and not name[index - 1].isupper() else "") + letter.lower()
+        for index, letter in enumerate(name)
+    )

@@ -14,7 +14,9 @@ from graphprune.ir.blocks import FLAGS, Block, is_result, placeholders, results
 from graphprune.ir.printer import numbered_lines
 from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
-from graphprune.ir.quantizing import quantizers
+from graphprune.ir.quant_plan import RESULT, planned
+from graphprune.ir.quantizing import observers, quantizers
+from graphprune.ir.sites import attribute_behind
 from graphprune.quant.schemes import parse_scheme
 
 
@@ -157,7 +159,11 @@ def _check_fake_quant(program: Program) -> None:
             raise _fail(program, Property.FAKE_QUANT, node, "it carries no decision; insert it with insert-fake-quant")
         scale = _buffer(program, Property.FAKE_QUANT, node, node.args[1], "scale")
         zero_point = _buffer(program, Property.FAKE_QUANT, node, node.args[2], "zero-point")
-        low, high, axis = node.args[3], node.args[4], node.args[5] if len(node.args) > 5 else -1
+        scheme = parse_scheme(decision.scheme)
+        low, high = node.args[3:5]
+        named = (scheme.qmin, scheme.qmax, -1 if scheme.axis is None else scheme.axis, scheme.group or 0)
+        if (low, high, *_where(node)) != named:
+            raise _fail(program, Property.FAKE_QUANT, node, f"it does not quantize by its scheme {scheme}")
         if scale.is_meta:
             continue
         smallest, largest = (float(bound) for bound in scale.aminmax())
@@ -166,16 +172,57 @@ def _check_fake_quant(program: Program) -> None:
         smallest, largest = (float(bound) for bound in zero_point.aminmax())
         if not (low <= smallest and largest <= high):  # type: ignore[operator]
             raise _fail(program, Property.FAKE_QUANT, node, f"zero-point must lie in [{low}, {high}]")
-        if parse_scheme(decision.scheme).symmetric and (smallest or largest):
+        if scheme.symmetric and (smallest or largest):
             raise _fail(program, Property.FAKE_QUANT, node, "the zero-point of a symmetric scheme is 0")
         if scale.shape != zero_point.shape:
             raise _fail(program, Property.FAKE_QUANT, node, "scale and zero-point differ in shape")
         value = node.args[0].meta.get("val")  # type: ignore[union-attr]
-        wanted = () if axis == -1 or value is None else (value.shape[axis],)  # type: ignore[index]
+        wanted = () if value is None else scheme.qparams_shape(tuple(value.shape))
         if value is not None and tuple(scale.shape) != wanted:
             raise _fail(
-                program, Property.FAKE_QUANT, node, f"scale has shape {tuple(scale.shape)}, the channels {wanted}"
+                program,
+                Property.FAKE_QUANT,
+                node,
+                f"scale has shape {tuple(scale.shape)}, its scheme asks for {wanted}",
             )
+
+
+def _where(node: fx.Node) -> tuple[object, object]:
+    """Axis and group of a fake-quantize operator, -1 and 0 where they are left out."""
+    given = node.args[5:]
+    return (given[0] if given else -1), (given[1] if len(given) > 1 else 0)
+
+
+def _check_planned(program: Program) -> None:
+    for node, plan in planned(program):
+        for operand in plan.operands:
+            if operand.position == RESULT:
+                continue
+            value = node.args[operand.position] if operand.position < len(node.args) else None
+            if not isinstance(value, fx.Node):
+                raise _fail(program, Property.PLANNED, node, f"argument {operand.position} is planned and no value")
+            if operand.weight and attribute_behind(value) is None:
+                raise _fail(
+                    program, Property.PLANNED, node, f"argument {operand.position} is planned as a weight and is none"
+                )
+
+
+def _check_observed(program: Program) -> None:
+    for node, decision in observers(program):
+        if decision is None:
+            raise _fail(program, Property.OBSERVED, node, "it carries no decision; insert it with insert-observers")
+        if node.args[8:10] != (decision.scheme, decision.observer):
+            raise _fail(program, Property.OBSERVED, node, "it does not observe as its decision says")
+        low, high, scale, zero_point = (
+            _buffer(program, Property.OBSERVED, node, node.args[place], role)
+            for place, role in ((1, "range"), (2, "range"), (4, "scale"), (5, "zero-point"))
+        )
+        if not low.shape == high.shape == scale.shape == zero_point.shape:
+            raise _fail(program, Property.OBSERVED, node, "its range, scale and zero-point differ in shape")
+        if node.args[3] is not None:
+            histogram = _buffer(program, Property.OBSERVED, node, node.args[3], "histogram")
+            if histogram.shape[:-1] != low.shape:
+                raise _fail(program, Property.OBSERVED, node, "it needs one histogram for each range")
 
 
 def _check_frozen(program: Program) -> None:
@@ -187,4 +234,6 @@ _CHECKS: dict[Property, Callable[[Program], None]] = {
     Property.MASKED: _check_masked,
     Property.FAKE_QUANT: _check_fake_quant,
     Property.FROZEN: _check_frozen,
+    Property.PLANNED: _check_planned,
+    Property.OBSERVED: _check_observed,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from graphprune.errors import SparsityError, TraceError
 from graphprune.ir.masking import MaskedSite
 from graphprune.ir.program import Program
 from graphprune.ir.sites import OPERATORS, users_of_value
+from graphprune.ir.watching import add_changes_in_place, collect_needed, without_data
 from graphprune.oneshot.inputs import Geometry, geometry
 from graphprune.sparsity.activation import ActivationCriterion
 
@@ -98,7 +100,7 @@ def make_plan(program: Program, sites: Sequence[MaskedSite], given: Collection[s
         TraceError: An input that some site needs is not given; names both.
     """
     order = {node: index for index, node in enumerate(program.graph.nodes)}
-    shared = _shared(program.graph.nodes)
+    shared = without_data(program.graph.nodes)
     stops = _stops(sites, order)
     needed = _needed(program.graph.nodes, stops, shared, given)
     nodes = tuple(node for node in program.graph.nodes if node in needed and node.op != "placeholder")
@@ -111,18 +113,6 @@ def make_plan(program: Program, sites: Sequence[MaskedSite], given: Collection[s
             last[use.value] = max(last.get(use.value, 0), use.index)
     inputs = tuple(node for node in program.graph.nodes if node.op == "placeholder" and node in needed)
     return Plan(stops, nodes, shared, order, last, inputs)
-
-
-def _shared(nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
-    """Nodes whose value is the same for every batch; the device of an input is."""
-    found: set[fx.Node] = set()
-    for node in nodes:
-        device = node.target is getattr and node.args[1] == "device"
-        if node.op == "get_attr" or (
-            node.op == "call_function" and (device or all(value in found for value in node.all_input_nodes))
-        ):
-            found.add(node)
-    return frozenset(found)
 
 
 def _stops(sites: Sequence[MaskedSite], order: dict[fx.Node, int]) -> tuple[Stop, ...]:
@@ -182,36 +172,11 @@ def _needed(
     """Everything that depends on the data and that an input of a site depends on."""
     needed: set[fx.Node] = set()
     for stop in stops:
-        missing = _collect([use.value for use in stop.uses], shared, given, needed)
+        missing = collect_needed([use.value for use in stop.uses], shared, given, needed)
         if missing:
             raise TraceError(
                 f"{stop.sites[0].name} needs the input {missing!r}, which is not in every batch; given: {', '.join(given) or 'nothing'}"
             )
     end = max((use.index for stop in stops for use in stop.uses), default=0)
-    for index, node in enumerate(
-        nodes
-    ):  # a value that is changed in place: the node that does it has no user of its own
-        schema = getattr(node.target, "_schema", None)
-        if index < end and schema is not None and schema.is_mutable and node not in needed:
-            changed = node.args[0]
-            if isinstance(changed, fx.Node) and changed in needed:
-                extra: set[fx.Node] = set()
-                if _collect([node], shared, given, extra) is None:
-                    needed |= extra
+    add_changes_in_place(itertools.islice(nodes, end), shared, given, needed)
     return needed
-
-
-def _collect(
-    roots: list[fx.Node], shared: frozenset[fx.Node], given: Collection[str], found: set[fx.Node]
-) -> str | None:
-    """Add roots and their ancestors that depend on the data; returns the name of an input that is not given, if one is met."""
-    waiting = list(roots)
-    while waiting:
-        node = waiting.pop()
-        if node in found or node in shared:
-            continue
-        if node.op == "placeholder" and node.target not in given:
-            return str(node.target)
-        found.add(node)
-        waiting.extend(node.all_input_nodes)
-    return None

@@ -43,17 +43,18 @@ def read_texts(path: Path, samples: int, seed: int = 0) -> list[str]:
     return [lines[place] for place in places]
 
 
-def token_batches(folder: Path, texts: Sequence[str], length: int) -> list[dict[str, Tensor]]:
+def token_batches(folder: Path, texts: Sequence[str], length: int, most: int = _MOST) -> list[dict[str, Tensor]]:
     """Turn texts into batches of token ids without padding.
 
     Args:
         folder: Holds a Hugging Face config and tokenizer.
-        texts: The texts; those of equal length share a batch, 16 at most.
+        texts: The texts; those of equal length share a batch.
         length: Most tokens of a text, at least 1; longer ones are cut, also to what the model has positions for.
+        most: Most texts in a batch, at least 1.
 
     Returns:
-        ``input_ids``, int64 ``[texts, tokens]``, shortest first; for an encoder-decoder model the same ids again as
-        ``decoder_input_ids``.
+        ``input_ids``, int64 ``[texts, tokens]``, shortest first, with an ``attention_mask`` of ones where the tokenizer
+        makes one; for an encoder-decoder model the same ids again as ``decoder_input_ids``.
 
     Raises:
         GraphPruneError: There is no tokenizer, ``length`` is below 1, or no text has a token.
@@ -69,11 +70,11 @@ def token_batches(folder: Path, texts: Sequence[str], length: int) -> list[dict[
         reason = (str(error).strip().splitlines() or [""])[0]
         raise GraphPruneError(
             f"{folder} has no tokenizer that can be loaded ({type(error).__name__}: {reason}); text data needs one: for other "
-            f"models call graphprune.oneshot.prune_checkpoint with your own batches"
+            f"models give batches in Python, to graphprune.oneshot.prune_checkpoint or gp.transform(..., data=batches)"
         ) from error
     positions = getattr(config, "max_position_embeddings", None) or length
-    most = min(length, int(positions), int(tokenizer.model_max_length))
-    encoded = tokenizer(list(texts), truncation=True, max_length=most)["input_ids"]
+    cut = min(length, int(positions), int(tokenizer.model_max_length))
+    encoded = tokenizer(list(texts), truncation=True, max_length=cut)["input_ids"]
     by_length: dict[int, list[list[int]]] = {}
     for ids in encoded:
         by_length.setdefault(len(ids), []).append(ids)
@@ -82,8 +83,10 @@ def token_batches(folder: Path, texts: Sequence[str], length: int) -> list[dict[
         raise GraphPruneError("no text has a token")
     batches = []
     for _, group in sorted(by_length.items()):
-        for start in range(0, len(group), _MOST):
-            ids = torch.tensor(group[start : start + _MOST])
+        for start in range(0, len(group), most):
+            ids = torch.tensor(group[start : start + most])
             more = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+            if "attention_mask" in tokenizer.model_input_names:
+                more["attention_mask"] = torch.ones_like(ids)
             batches.append({"input_ids": ids, **more})
     return batches

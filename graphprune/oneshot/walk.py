@@ -11,14 +11,15 @@ ahead to the last one, with weights as they are before this stop, and then goes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from graphprune.errors import SparsityError
 from graphprune.ir import ops
+from graphprune.ir.blocks import FLAGS
 from graphprune.ir.program import Program
+from graphprune.ir.watching import call_node
 from graphprune.oneshot.inputs import input_rows
 from graphprune.oneshot.plan import Plan, Stop, goal_of
 from graphprune.oneshot.weights import Meter, Weights
@@ -27,8 +28,6 @@ from graphprune.sparsity.layout import to_logical
 
 Live = dict[fx.Node, object]
 """Values of one batch that are still needed."""
-
-_FLAGS = ("training", "observing")
 
 
 class Walker:
@@ -119,7 +118,7 @@ class Walker:
         waiting = [value for value in node.all_input_nodes if value in self.plan.shared]
         while waiting:
             value = waiting.pop()
-            if value.op == "get_attr" and value.target not in _FLAGS:
+            if value.op == "get_attr" and value.target not in FLAGS:
                 found.add(str(value.target))
             elif value.target is ops.mask:
                 waiting.append(value.all_input_nodes[0])
@@ -130,7 +129,7 @@ class Walker:
     def _run(self, nodes: Sequence[fx.Node], live: Live) -> None:
         order, last = self.plan.order, self.plan.last
         for node in nodes:
-            result = _call(node, lambda value: self._value(value, live))
+            result = call_node(node, lambda value: self._value(value, live))
             for value in node.all_input_nodes:
                 if last[value] <= order[node]:
                     live.pop(value, None)
@@ -148,7 +147,7 @@ class Walker:
     def _compute_shared(self, node: fx.Node) -> object:
         if node.op == "get_attr":
             name = str(node.target)
-            return bool(getattr(self.program, name)) if name in _FLAGS else self.weights.read(name)
+            return bool(getattr(self.program, name)) if name in FLAGS else self.weights.read(name)
         if node.target is getattr:
             owner, name = node.all_input_nodes[0], str(node.args[1])
             while owner.op != "get_attr" and name != "device":
@@ -156,7 +155,7 @@ class Walker:
             return self.device if name == "device" else getattr(self.program.tensor(str(owner.target)), name)
         if node.target is ops.mask:
             return self._shared_value(node.all_input_nodes[0])  # what is pruned is zero in storage
-        return _call(node, self._shared_value)
+        return call_node(node, self._shared_value)
 
     def _drop(self) -> None:
         self._shared.clear()
@@ -211,10 +210,3 @@ class Walker:
         if self.plan.last[value] <= stop.index and stop.uses[0].node not in self.plan.nodes:
             for live in self.live:
                 live.pop(value, None)
-
-
-def _call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> object:
-    """Run one node with the values of its inputs."""
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)  # type: ignore[misc]
-    assert callable(node.target)
-    return node.target(*args, **kwargs)  # type: ignore[operator]

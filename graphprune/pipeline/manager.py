@@ -14,10 +14,10 @@ import networkx as nx
 
 from graphprune.errors import GraphPruneError, PassError, VerifyError
 from graphprune.ir.printer import print_program
-from graphprune.ir.program import META, Program
+from graphprune.ir.program import META, Program, is_meta
 from graphprune.ir.properties import Property
 from graphprune.ir.verifier import verify
-from graphprune.pipeline.base import Coverage, Pass, PassResult
+from graphprune.pipeline.base import NEEDS_DATA, Coverage, DataPass, Pass, PassResult
 from graphprune.pipeline.registry import known_passes
 
 
@@ -47,36 +47,54 @@ class PassManager:
         passes: The passes; those of a ``Pipeline`` among them stand in its place.
         instruments: Observers.
         reproducer: Folder for the IR before a failing pass and the rest of the recipe; None writes nothing.
+        data: Batches for the passes that need calibration data; each iterates it once.
     """
 
     passes: tuple[Pass, ...]
     instruments: tuple[Instrument, ...] = ()
     reproducer: Path | None = None
+    data: Iterable[object] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", tuple(_flatten(self.passes)))
 
-    def check_order(self, properties: Property) -> Property:
+    def check_order(self, properties: Property, *, replay: bool = False) -> Property:
         """Fold what the passes require, establish and destroy over the pipeline.
 
         Args:
             properties: What holds at the start.
+            replay: The tensors are on the meta device, so that passes need no data.
 
         Returns:
             What holds at the end.
 
         Raises:
             PassError: A pass comes where its requirement does not hold, or where something holds that it forbids; names it and
-                the pass that would establish it, that destroyed it or that would destroy it.
+                the pass that would establish it, that destroyed it or that would destroy it. Or a pass needs data and there
+                is none, or several do and it can be iterated once only.
         """
+        if not replay:
+            self._check_data()
         for index, step in enumerate(self.passes):
+            if step.forbids & properties:  # first, since it says more: what is frozen has no observers either
+                raise PassError(self._forbidden(index, step.forbids & properties))
             lacking = step.requires & ~properties
             if lacking:
                 raise PassError(self._order_problem(index, lacking))
-            if step.forbids & properties:
-                raise PassError(self._forbidden(index, step.forbids & properties))
             properties = (properties & ~step.destroys) | step.establishes
         return properties
+
+    def _check_data(self) -> None:
+        needing = [
+            f"pipeline[{index}].{step.name}" for index, step in enumerate(self.passes) if isinstance(step, DataPass)
+        ]
+        if needing and self.data is None:
+            raise PassError(f"{needing[0]} {NEEDS_DATA}")
+        if len(needing) > 1 and isinstance(self.data, Iterator):
+            raise PassError(
+                f"{' and '.join(needing)} each go through the data, and data is an iterator ({type(self.data).__name__}) that "
+                f"is empty after the first; give a list or a DataLoader"
+            )
 
     def _order_problem(self, index: int, lacking: Property) -> str:
         step = self.passes[index]
@@ -113,10 +131,11 @@ class PassManager:
             in_place: Rewrite ``program`` itself and share its parameters, which saves the memory of a copy.
 
         Raises:
-            PassError: The order is wrong, a pass failed, it left an invalid Program, or it changed the graph and said
-                that it did not. Names the pass, its index and the passes that ran before it.
+            PassError: The order is wrong, data is missing, a pass failed, it left an invalid Program, or it changed the graph
+                and said that it did not. Names the pass, its index and the passes that ran before it.
         """
-        self.check_order(program.properties)
+        replay = is_meta(program)
+        self.check_order(program.properties, replay=replay)
         if not in_place:
             program = copy.deepcopy(program)
         results: list[PassResult] = []
@@ -126,7 +145,10 @@ class PassManager:
             before = print_program(program) if self.reproducer else ""
             structure = _structure(program)
             with self._explained(index, step, before):
-                result = step.run(program)
+                if isinstance(step, DataPass):
+                    result = step.run_on(program, () if replay or self.data is None else self.data)
+                else:
+                    result = step.run(program)
                 program = result.program
                 if not result.changed and _structure(program) != structure:
                     raise PassError(
@@ -136,7 +158,7 @@ class PassManager:
                 if result.changed:
                     program.recompile()
                 verify(program)
-            program.history = (*program.history, str(step))
+            program.history = (*program.history, str(step.recorded()))
             results.append(result)
             for instrument in self.instruments:
                 instrument.after_pass(index, step, result)

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from graphprune.errors import LoweringError
 from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
 
@@ -24,6 +25,7 @@ class Support(enum.Enum):
     EXPLOITED = "exploited"
     STORED = "stored only"
     IGNORED = "ignored"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,15 @@ class Lowered:
         files: Names of the files, relative to the artifact folder, the model first.
         inputs: Names of the model's inputs.
         outputs: Names of the model's outputs.
-        coverage: Names of sites by what became of them, such as ``{"int8": [...], "float": [...]}``.
+        coverage: Names of weights by what became of them, such as ``{"int8": [...], "float": [...]}``.
+        passes: At how many places each pass of the target changed the model, by name, in their order.
     """
 
     files: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     coverage: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    passes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ class StoredWeight:
 
     Attributes:
         values: Logical ``[out, in * kernel]``, float or integer.
-        zero_point: The integer that stands for zero, ``[out]`` or ``[]``; None for float weights.
-        scale: Scale of each row or of all, None for float weights.
+        zero_point: The integer that stands for zero, ``[out]``, ``[]``, or ``[out, groups]`` where equal parts of each row have
+            their own; None for float weights.
+        scale: Scale of each row, of all, or of each group, None for float weights.
     """
 
     values: np.ndarray
@@ -62,7 +67,27 @@ class StoredWeight:
         """Bool ``[out, in * kernel]``: where the stored weight is exactly zero."""
         if self.zero_point is None:
             return np.asarray(self.values == 0)
-        return np.asarray(self.values == np.reshape(self.zero_point, (-1, 1)))
+        zero_point = np.asarray(self.zero_point).astype(np.int32)
+        if zero_point.ndim < 2:
+            zero_point = zero_point.reshape(-1, 1)
+        else:
+            zero_point = np.repeat(zero_point, -(-self.values.shape[1] // zero_point.shape[1]), axis=1)
+        return np.asarray(self.values.astype(np.int32) == zero_point[:, : self.values.shape[1]])
+
+
+@dataclass(frozen=True)
+class NodeValue:
+    """What a lowered model computes inside, at the place of a value of the Program.
+
+    Attributes:
+        values: Integers for a quantized value, else floats.
+        scale: Scale by which the file quantizes it, None where it does not, or where that cannot be told.
+        zero_point: Its zero-point, likewise.
+    """
+
+    values: np.ndarray
+    scale: float | None = None
+    zero_point: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,3 +149,29 @@ class Target(abc.ABC):
         Returns:
             Weights by site. A site that the file does not have is absent.
         """
+
+    def nodes(self, folder: Path) -> frozenset[str]:
+        """Keys of the Program's values that the lowered file says where they are; none where a target cannot say.
+
+        Keys are ``integers:<prefix>`` of a static quantizer's scale buffer ``<prefix>_scale``, ``range:<weight>`` of the float
+        that is quantized at run time for a weight's operator, and ``linear:``, ``conv:`` or ``embedding:<weight>`` of results.
+        """
+        return frozenset()
+
+    def run_nodes(
+        self, folder: Path, inputs: Mapping[str, np.ndarray], recorded: Mapping[str, np.ndarray]
+    ) -> tuple[dict[str, NodeValue], dict[str, np.ndarray]]:
+        """Compute values inside the lowered model, each from the recorded values before it.
+
+        Args:
+            folder: An artifact.
+            inputs: Inputs of the model by name.
+            recorded: Values of the Program by key; whatever uses one of them gets it, and not what the model computed for it.
+
+        Returns:
+            What the model computed for each key, and its outputs by name. Keys that the file does not have are absent.
+
+        Raises:
+            LoweringError: The target cannot do this, or the model does not run.
+        """
+        raise LoweringError(f"target {self.name} cannot be compared node by node; verify without per_node")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ def transform(
     in_place: bool = False,
     instruments: Sequence[Instrument] = (),
     reproducer: Path | None = None,
+    data: Iterable[object] | None = None,
     **constants: object,
 ) -> Program:
     """Run passes on a model.
@@ -39,6 +40,8 @@ def transform(
             round weights then change the model.
         instruments: Observers of the pipeline.
         reproducer: Folder for the IR and the rest of the recipe where a pass fails.
+        data: Calibration batches for passes that need them, such as ``smooth-quant``: mappings of inputs by name, tuples of
+            positional inputs, or single tensors. Each such pass goes through them once.
         **constants: As for ``trace``.
 
     Returns:
@@ -47,10 +50,10 @@ def transform(
     Raises:
         RecipeError: The recipe is malformed or names something unknown.
         TraceError: The model cannot be traced.
-        PassError: A pass cannot run where it stands, or failed.
+        PassError: A pass cannot run where it stands, needs data that was not given, or failed.
     """
     recipe = Recipe.of(passes)
-    manager = PassManager(recipe.passes, tuple(instruments), reproducer)
+    manager = PassManager(recipe.passes, tuple(instruments), reproducer, data)
     if isinstance(model, Program):
         program = model
     else:

@@ -1,21 +1,36 @@
 """Observers: pure functions that record the range of the tensors they are shown.
 
-The state is two tensors, so that a caller can keep it in buffers. Nothing seen yet is ``low = +inf, high =
--inf``. A new observer is one small class with a ``combine`` formula; list it in ``OBSERVERS``.
+The state is three tensors, so that a caller can keep it in buffers. Nothing seen yet is ``low = +inf, high = -inf``
+and an empty or zero histogram. Observers that need no histogram are here, the others in ``histograms``; a new one is
+a small class, listed in ``observer_text.OBSERVERS``.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphprune.errors import PassError, RecipeError
+from graphprune.quant.affine import split_groups
+from graphprune.quant.schemes import Scheme
+
+
+class State(NamedTuple):
+    """What an observer has seen. Never modified in place.
+
+    Attributes:
+        low: Smallest value, float32, of the shape that scales have: ``()``, ``(channels,)``, or by group.
+        high: Largest value, likewise.
+        histogram: float32, ``[*low.shape, bins]``; ``[0]`` for observers without histogram.
+    """
+
+    low: Tensor
+    high: Tensor
+    histogram: Tensor
 
 
 @dataclass(frozen=True)
@@ -24,60 +39,136 @@ class Observer(abc.ABC):
 
     Args:
         axis: None for one range per tensor, else the dimension along which every index has its own.
+        group: None, or how many consecutive entries along the other dimension of a 2-D tensor share a range; needs
+            ``axis`` 0 or 1. Only observers without histogram take it here; ``tensor_range`` works for all.
+
+    Raises:
+        RecipeError: ``group`` where it is not possible.
     """
 
     axis: int | None = None
+    group: int | None = None
     name: ClassVar[str]
+    live: ClassVar[bool] = True
+    """Whether the range is cheap to read, so that it may be read after every batch; else read it once, at the end."""
 
-    def initial(self, channels: int | None = None, *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Return the state before any data: float32 ``(+inf, -inf)``.
+    def __post_init__(self) -> None:
+        if self.group is None:
+            return
+        if self.bins:
+            raise RecipeError(f"observer {self.name}: it keeps no histograms by group; use min-max, or no group")
+        if self.axis not in (0, 1) or self.group < 1:
+            raise RecipeError(f"observer {self.name}: group={self.group} needs to be at least 1, and axis 0 or 1")
+
+    @property
+    def bins(self) -> int:
+        """Bins of the histogram; 0 without one."""
+        return 0
+
+    def initial(self, shape: tuple[int, ...] = (), *, device: torch.device | str = "cpu") -> State:
+        """Return the state before any data.
 
         Args:
-            channels: Size of the observed axis; None for one range per tensor.
+            shape: Shape of the range, ``Scheme.qparams_shape`` of the tensor that will be observed.
             device: Where the state lives.
+
+        Returns:
+            float32: +inf and -inf of ``shape``; zeros ``[*shape, bins]``, or ``[0]`` without histogram.
         """
-        shape = () if channels is None else (channels,)
-        return torch.full(shape, float("inf"), device=device), torch.full(shape, float("-inf"), device=device)
+        histogram = torch.zeros((*shape, self.bins) if self.bins else (0,), device=device)
+        return State(
+            torch.full(shape, float("inf"), device=device), torch.full(shape, float("-inf"), device=device), histogram
+        )
 
     @torch.no_grad()
-    def update(self, low: Tensor | None, high: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, state: State | None, x: Tensor) -> State:
         """Take one batch into account.
 
         Args:
-            low: Smallest value so far, float32, a scalar or ``[channels]``; not modified. None or +inf:
-                nothing seen yet.
-            high: Largest value so far, likewise; None or -inf: nothing seen yet.
+            state: What was seen so far; not modified. None: nothing yet.
             x: The batch, any float dtype.
 
         Returns:
-            The new ``(low, high)``, float32, finite.
+            The new state; its range is finite.
 
         Raises:
-            PassError: ``x`` is empty or holds NaN or infinity, or its axis does not fit the state. The caller
-                adds the site.
+            PassError: ``x`` is empty or holds NaN or infinity, or its shape does not fit the state or the group. The
+                caller adds the site.
         """
-        batch_low, batch_high = self._range(x)
-        if low is None or high is None:
-            return batch_low, batch_high
-        if low.shape != batch_low.shape or high.shape != batch_high.shape:
+        low, high = self._batch_range(x)
+        if state is None:
+            state = self.initial(tuple(low.shape), device=low.device)
+        if state.low.shape != low.shape or state.high.shape != high.shape:
             raise PassError(
-                f"observer {self.name}: its range is {tuple(low.shape)}, the batch's {tuple(batch_low.shape)}"
+                f"observer {self.name}: its range is {tuple(state.low.shape)}, the batch's {tuple(low.shape)}"
             )
-        unseen = low > high
-        new_low, new_high = self.combine(low, high, batch_low, batch_high)
-        return torch.where(unseen, batch_low, new_low), torch.where(unseen, batch_high, new_high)
+        if self.bins and state.histogram.shape != (*low.shape, self.bins):
+            raise PassError(
+                f"observer {self.name}: its histogram is {tuple(state.histogram.shape)}, not "
+                f"{(*low.shape, self.bins)}; start from initial()"
+            )
+        return self.combine(state, x, low, high)
 
     @abc.abstractmethod
-    def combine(self, low: Tensor, high: Tensor, batch_low: Tensor, batch_high: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the new range from the old one and that of a batch; unused where nothing was seen yet."""
+    def combine(self, state: State, x: Tensor, low: Tensor, high: Tensor) -> State:
+        """Return the new state.
 
-    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        Args:
+            state: The old one, of fitting shapes; entries with ``state.low > state.high`` have seen nothing.
+            x: The batch.
+            low: Its smallest value, float32, finite.
+            high: Its largest value, likewise.
+        """
+
+    def range(self, state: State, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Return the range to quantize, for ``choose_qparams``.
+
+        Args:
+            state: What was seen.
+            scheme: How the tensor will be quantized.
+
+        Returns:
+            ``(low, high)``, float32, shape of ``state.low``; within what was seen, extended to 0; finite, ``low <= high``.
+
+        Raises:
+            PassError: Nothing was seen yet. The caller adds the site.
+        """
+        if bool((state.low > state.high).any()):
+            raise PassError(f"observer {self.name}: it has seen no data; calibrate with data that reaches this tensor")
+        return self.clip(state, scheme)
+
+    def clip(self, state: State, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """``range`` of a state that has seen data: here all that was seen."""
+        return state.low, state.high
+
+    @torch.no_grad()
+    def tensor_range(self, x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Return the range to quantize of a tensor that is all there is to see: a weight.
+
+        Args:
+            x: The tensor, any float dtype.
+            scheme: How it will be quantized; its axis and group are used, not the observer's.
+
+        Returns:
+            ``(low, high)``, float32, of ``scheme.qparams_shape(x.shape)``.
+
+        Raises:
+            PassError: As ``update``; or the group does not divide ``x``.
+        """
+        scheme.qparams_shape(x.shape)
+        observer = replace(self, axis=scheme.axis, group=scheme.group)
+        return observer.range(observer.update(None, x), scheme)
+
+    def _batch_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.axis is not None and not 0 <= self.axis < x.ndim:
             raise PassError(f"observer {self.name}: no axis {self.axis} in a tensor of shape {tuple(x.shape)}")
         if not x.numel():
             raise PassError(f"observer {self.name}: a tensor of shape {tuple(x.shape)} has no values to observe")
         if self.axis is None:
             low, high = x.aminmax()
+        elif self.group is not None:
+            pieces = split_groups(x, self.axis, self.group)
+            low, high = pieces.amin(2 - self.axis), pieces.amax(2 - self.axis)
         else:
             dims = [dim for dim in range(x.ndim) if dim != self.axis]
             low, high = (x.amin(dims), x.amax(dims)) if dims else (x, x)  # aminmax(dim) is ten times as slow
@@ -92,34 +183,34 @@ class MinMax(Observer):
 
     name = "min-max"
 
-    def combine(self, low: Tensor, high: Tensor, batch_low: Tensor, batch_high: Tensor) -> tuple[Tensor, Tensor]:
+    def combine(self, state: State, x: Tensor, low: Tensor, high: Tensor) -> State:
         """Widen the range to hold that of the batch."""
-        return torch.minimum(low, batch_low), torch.maximum(high, batch_high)
+        return State(torch.minimum(state.low, low), torch.maximum(state.high, high), state.histogram)
 
 
 @dataclass(frozen=True)
 class MovingAverageMinMax(Observer):
-    """A moving average of each batch's range: ``new = old + momentum * (batch - old)``; the first batch sets
-    it.
+    """A moving average of each batch's range: ``new = old + momentum * (batch - old)``; the first batch sets it.
 
     Args:
         momentum: Share of the newest batch, in (0, 1].
 
     Raises:
         RecipeError: ``momentum`` is out of range.
+
+    Source: Jacob et al., arXiv:1712.05877, section 3.1.
     """
 
     momentum: float = 0.01
     name = "moving-average-min-max"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 < self.momentum <= 1.0:
             raise RecipeError(f"observer {self.name}: momentum={self.momentum} is not in (0, 1]")
 
-    def combine(self, low: Tensor, high: Tensor, batch_low: Tensor, batch_high: Tensor) -> tuple[Tensor, Tensor]:
+    def combine(self, state: State, x: Tensor, low: Tensor, high: Tensor) -> State:
         """Move the range toward that of the batch."""
-        return torch.lerp(low, batch_low, self.momentum), torch.lerp(high, batch_high, self.momentum)
-
-
-OBSERVERS: Mapping[str, type[Observer]] = MappingProxyType({cls.name: cls for cls in (MinMax, MovingAverageMinMax)})
-"""Every observer by name."""
+        unseen = state.low > state.high
+        new_low = torch.where(unseen, low, torch.lerp(state.low, low, self.momentum))
+        return State(new_low, torch.where(unseen, high, torch.lerp(state.high, high, self.momentum)), state.histogram)

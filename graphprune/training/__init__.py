@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from graphprune.training.calibration import calibrate
+from graphprune.ir.calibration import calibrate
 from graphprune.training.distillation import Distillation, embedding_loss, hidden_loss, logits_loss, mean_pool
 from graphprune.training.report import RuleReport, SessionReport
 from graphprune.training.sampler import GradientSampler

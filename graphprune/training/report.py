@@ -53,6 +53,7 @@ class SessionReport:
         samples_left_out: Sampled gradients that were NaN or infinite.
         rules: One entry a rule.
         warnings: What a user should know, one sentence each.
+        freezing: Which of observers and batch normalization is frozen, and when the other will be; empty where none is to be.
     """
 
     step: int
@@ -62,9 +63,11 @@ class SessionReport:
     samples_left_out: int
     rules: tuple[RuleReport, ...]
     warnings: tuple[str, ...]
+    freezing: str = ""
 
     def __str__(self) -> str:
         lines = [f"step {self.step} of {self.total_steps}, sparsity {self.sparsity:.4f}"]
         lines += [f"  {rule}" for rule in self.rules]
+        lines += [f"  {self.freezing}"] if self.freezing else []
         lines += [f"  warning: {text}" for text in self.warnings]
         return "\n".join(lines)

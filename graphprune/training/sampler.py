@@ -104,7 +104,7 @@ class GradientSampler:
 
     def _compute(self, program: Program, parameters: Sequence[torch.nn.Parameter]) -> bool:
         """Put the gradients of the next batch into ``.grad``; say whether they are finite. Modes and generators are put back."""
-        training, observing, state = program.training, program.observing, random_state()
+        training, state = program.training, random_state()
         try:
             batch = _moved(self._draw(), device_of(program))
             program.eval()
@@ -114,7 +114,6 @@ class GradientSampler:
                 self._loss_of(program, batch).backward()  # type: ignore[no-untyped-call]
         finally:
             program.train(training)
-            program.observing = observing
             set_random_state(state)
         sums = [item.grad.sum(dtype=torch.float32) for item in parameters if item.grad is not None]
         return not sums or bool(torch.stack(sums).isfinite().all())

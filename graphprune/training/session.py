@@ -1,4 +1,4 @@
-"""The training session: one object that drives the masks of a Program while the user's own loop trains it."""
+"""The training session: one object that drives masks and quantizers of a Program while the user's own loop trains it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from graphprune.errors import SparsityError
 from graphprune.ir.masking import MaskedSite, masked_sites, reached, rules_of, sparsity_of
-from graphprune.ir.program import Program
+from graphprune.ir.quantizing import quantizers
 from graphprune.ir.sharding import differing, whole
+from graphprune.training.attaching import refuse_second, unwrap, weak_hook
+from graphprune.training.freezing_times import FreezingTimes
 from graphprune.training.randomness import random_state, set_random_state
 from graphprune.training.report import RuleReport, SessionReport
 from graphprune.training.rule import Rule
 from graphprune.training.sampler import GradientSampler
 from graphprune.training.step_log import StepLog
 
-_VERSION = 2
+_VERSION = 3
 _ENTRYWISE = (
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
     torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop,
@@ -32,20 +34,21 @@ _STRAY_STEPS = 3
 
 
 class Session:
-    """Drives masks through the optimizer's own step hooks; there is no further call to make.
+    """Drives masks and quantizers through the optimizer's own step hooks; there is no further call to make.
 
     Before each optimizer step the criterion sees weights and gradients; after it, at the steps of the schedule's window, masks
     are chosen anew, and pruned weights and their optimizer moments become exactly zero (criteria such as ``movement`` keep the
     values under the mask until the last update). Steps that a gradient scaler skips and evaluation forwards do not count; with
     gradient accumulation a step is an optimizer step. A rule whose masks are at their target when the session starts is left
-    as it is. Under DistributedDataParallel and ``fully_shard`` every process makes a session; all choose the same masks, which is
-    checked at every update.
+    as it is. Observers and batch normalization are frozen when their time comes (``freeze_observers`` and
+    ``freeze_batch_norm`` of ``insert-fake-quant``); a Program with quantizers needs no masks. Under DistributedDataParallel
+    and ``fully_shard`` every process makes a session; all choose the same masks, which is checked at every update.
 
     Args:
-        program: A Program with masks; it may be wrapped (DistributedDataParallel, ``torch.compile``).
+        program: A Program with masks or quantizers; it may be wrapped (DistributedDataParallel, ``torch.compile``).
         optimizer: Made from ``program.parameters()``.
-        total_steps: Optimizer steps of the whole run; fractions of training in the schedule count from it.
-        steps_per_epoch: Optimizer steps of an epoch, where the schedule counts in epochs.
+        total_steps: Optimizer steps of the whole run; fractions of training count from it.
+        steps_per_epoch: Optimizer steps of an epoch, where some time is in epochs.
         sampler: Where criteria such as ``obs`` draw their gradients from.
         log: File for one JSON object a step (``step``, ``sparsity``, ``loss``), appended to. ``loss`` is that of the
             Program's own output (not under ``torch.compile``), or what ``record`` was given.
@@ -55,8 +58,8 @@ class Session:
         skipped: Steps left out of the scores because a gradient was NaN or infinite.
 
     Raises:
-        SparsityError: The Program has no masks or is driven by another session, the optimizer does not hold a masked weight,
-            or the schedule does not fit into ``total_steps``.
+        SparsityError: The Program has neither masks nor quantizers or is driven by another session, the optimizer does not hold
+            a masked weight, or the schedule or a time of freezing does not fit into ``total_steps``.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Session:
         sampler: GradientSampler | None = None,
         log: Path | str | None = None,
     ) -> None:
-        self.program = _unwrap(program)
+        self.program = unwrap(program)
         self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self.total_steps = total_steps
         self.sampler = sampler
@@ -81,21 +84,25 @@ class Session:
         self._entrywise = type(self.optimizer) in _ENTRYWISE
         self._strays = 0
         sites = masked_sites(self.program)
-        if not sites:
-            raise SparsityError("the Program has no masks for a session to drive; run insert-masks first")
-        _refuse_second(self.program)
-        self._check_ownership(sites)
+        if not sites and not any(True for _ in quantizers(self.program)):
+            raise SparsityError(
+                "the Program has no masks for a session to drive, and no quantizers; run insert-masks or insert-fake-quant first"
+            )
+        refuse_second(self.program)
+        self._watched = self._check_ownership(sites)
         self._rules = {
             rule: Rule(self.program, members, self.optimizer, total_steps, steps_per_epoch)
             for rule, members in rules_of(sites).items()
         }
         self._check_sampler()
+        self._freezing = FreezingTimes(self.program, total_steps, steps_per_epoch)
+        self._freezing.act(self.step)
         self._zero()
         self._version = self._weight_version()
         self._hooks = [
-            self.optimizer.register_step_pre_hook(_weak(self, Session._before_step)),
-            self.optimizer.register_step_post_hook(_weak(self, Session._after_step)),
-            self.program.register_forward_hook(_weak(self, Session._after_forward)),
+            self.optimizer.register_step_pre_hook(weak_hook(self, Session._before_step)),
+            self.optimizer.register_step_post_hook(weak_hook(self, Session._after_step)),
+            self.program.register_forward_hook(weak_hook(self, Session._after_forward)),
         ]
         self.program.__dict__["_session"] = weakref.ref(self)
 
@@ -110,7 +117,7 @@ class Session:
 
     @property
     def done(self) -> bool:
-        """Whether every rule has reached its sparsity."""
+        """Whether every rule has reached its sparsity; so always without masks."""
         return all(reached(rule.sites)[0] for rule in self._rules.values())
 
     def report(self) -> SessionReport:
@@ -135,7 +142,14 @@ class Session:
             )
         left_out = self.sampler.skipped if self.sampler is not None else 0
         return SessionReport(
-            self.step, self.total_steps, self.sparsity, self.skipped, left_out, tuple(rules), self._warnings(left_out)
+            step=self.step,
+            total_steps=self.total_steps,
+            sparsity=self.sparsity,
+            skipped=self.skipped,
+            samples_left_out=left_out,
+            rules=tuple(rules),
+            warnings=self._warnings(left_out),
+            freezing=str(self._freezing),
         )
 
     def _warnings(self, left_out: int) -> tuple[str, ...]:
@@ -178,7 +192,7 @@ class Session:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs: step, scores, masks, schedule position and random generators.
+        """Everything that a resumed run needs: step, scores, masks, schedule position, what is frozen, random generators.
 
         Holds tensors, numbers and text only, so ``torch.load(weights_only=True)`` reads it.
         """
@@ -189,6 +203,7 @@ class Session:
             "total_steps": self.total_steps,
             "masks": {site.name: site.mask.clone() for site in self._sites},
             "rules": {number: rule.state_dict() for number, rule in self._rules.items()},
+            "freezing": self._freezing.state_dict(),
             "sampler": self.sampler.state_dict() if self.sampler is not None else None,
             "random": random_state(),
         }
@@ -201,7 +216,7 @@ class Session:
             random: Restore the random generators too.
 
         Raises:
-            SparsityError: The state is of another Program: sites, shapes or the length of the run differ.
+            SparsityError: The state is of another Program: sites, shapes, times or the length of the run differ.
         """
         if state.get("version") != _VERSION:
             raise SparsityError(f"session state has version {state.get('version')!r}, this is version {_VERSION}")
@@ -215,6 +230,7 @@ class Session:
             raise SparsityError(
                 f"the state has rules {sorted(state['rules'])}, this Program {sorted(self._rules)}; load it into the same recipe"
             )
+        self._freezing.load_state_dict(state["freezing"])
         for site in self._sites:
             site.mask.copy_(state["masks"][site.name])
         for number, rule in self._rules.items():
@@ -250,7 +266,8 @@ class Session:
     def _sites(self) -> tuple[MaskedSite, ...]:
         return tuple(site for rule in self._rules.values() for site in rule.sites)
 
-    def _check_ownership(self, sites: tuple[MaskedSite, ...]) -> None:
+    def _check_ownership(self, sites: tuple[MaskedSite, ...]) -> tuple[str, Tensor]:
+        """Name and weight that show whether this optimizer trains the Program: the first masked one, else the first it holds."""
         held = {id(item) for group in self.optimizer.param_groups for item in group["params"]}
         for site in sites:
             if id(site.weight) not in held and site.weight.requires_grad:
@@ -258,6 +275,12 @@ class Session:
                     f"the optimizer does not hold {site.name} of this Program; make it from program.parameters() after "
                     f"transform (or freeze the weight with requires_grad_(False))"
                 )
+        own = [(name, value) for name, value in self.program.named_parameters() if id(value) in held]
+        if not sites and not own:
+            raise SparsityError(
+                "the optimizer holds no parameter of this Program; make it from program.parameters() after transform"
+            )
+        return (sites[0].name, sites[0].weight) if sites else own[0]
 
     def _check_sampler(self) -> None:
         for rule in self._rules.values():
@@ -287,12 +310,12 @@ class Session:
         self._strays += 1
         if self._strays >= _STRAY_STEPS:
             raise SparsityError(
-                f"the weights of {self._sites[0].name} change, but the optimizer that the session was given does not step; "
+                f"the weights of {self._watched[0]} change, but the optimizer that the session was given does not step; "
                 f"give the session the optimizer that trains the Program, or close the session"
             )
 
     def _weight_version(self) -> int:
-        return self._sites[0].weight._version
+        return self._watched[1]._version
 
     @torch.no_grad()
     def _before_step(self, optimizer: object, args: object, kwargs: object) -> None:
@@ -320,7 +343,10 @@ class Session:
         A zero weight with a zero gradient and zero moments stays zero under an optimizer that works entry by entry. Where
         that does not hold, pruned weights are set to zero after every step.
         """
-        site = self._sites[self.step % len(self._sites)]
+        sites = self._sites
+        if not sites:
+            return
+        site = sites[self.step % len(sites)]
         grad = site.weight.grad
         if self._entrywise and grad is not None and not site.criterion.dense_gradient:
             self._entrywise = not bool(whole(grad).masked_select(~site.mask).any())
@@ -338,6 +364,7 @@ class Session:
         if self.log is not None:
             self.log.write(self.step, self.sparsity, self._loss)
         self.step += 1
+        self._freezing.act(self.step)
         if self.step == self.total_steps:
             self._check_reached()
 
@@ -362,35 +389,3 @@ class Session:
                     f"({rule.description}); train to the end of the schedule (last update at step {rule.window.end}), or close "
                     f"the session to leave it unfinished"
                 )
-
-
-def _unwrap(module: nn.Module) -> Program:
-    while not isinstance(module, Program):
-        inner = getattr(module, "module", None) or getattr(module, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            raise SparsityError(f"a session drives a Program, not {type(module).__name__}; use graphprune.transform")
-        module = inner
-    return module
-
-
-def _refuse_second(program: Program) -> None:
-    other = program.__dict__.get("_session")
-    if other is not None and other() is not None:
-        raise SparsityError(
-            "another session drives this Program already; close() it first, or its hooks would act twice"
-        )
-
-
-def _weak(session: Session, method: Any) -> Any:
-    """A hook that does not keep the session alive through the optimizer."""
-    reference = weakref.ref(session)
-
-    def hook(*args: object) -> None:
-        alive = reference()
-        if alive is None:
-            raise SparsityError(
-                "the training session was garbage-collected while its optimizer still steps; keep it in a variable"
-            )
-        method(alive, *args)
-
-    return hook
