@@ -71,7 +71,10 @@ def read_weights(path: Path, layouts: Mapping[str, str]) -> dict[str, StoredWeig
         if str(kind) not in _FORMATS:
             found[name] = StoredWeight(logical)
             continue
-        scale, zero_point = values_of(f"{name}_scale"), values_of(f"{name}_zero_point")
+        scaled = f"{name}_scale" in tensors  # a sum of ConvInteger is scaled along its channels
+        scale = values_of(f"{name}_scale") if scaled else values_of(f"{name}_scale_channels").reshape(-1)
+        absent = f"{name}_zero_point" not in tensors  # a symmetric weight needs none in integer products
+        zero_point = np.zeros_like(scale, dtype=kind) if absent else values_of(f"{name}_zero_point")
         if scale.ndim == 2:  # in groups: it lies as its weight does
             scale, zero_point = (
                 to_logical(torch.from_numpy(_wide(item)), Layout(layout)).numpy() for item in (scale, zero_point)

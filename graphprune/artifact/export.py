@@ -16,6 +16,7 @@ from graphprune.artifact.nodes import SIZES, record
 from graphprune.artifact.samples import make_inputs, run_program, write_samples
 from graphprune.artifact.verification import measure_parity, measure_site, verify
 from graphprune.errors import LoweringError, VerifyError
+from graphprune.ir.formats import formats_of
 from graphprune.ir.masking import Masking, Pruned, masked_sites
 from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
@@ -23,7 +24,7 @@ from graphprune.ir.sites import find_sites
 from graphprune.pipeline.manager import PassManager
 from graphprune.pipeline.recipe import Recipe
 from graphprune.pipeline.registry import make_target
-from graphprune.pipeline.target import Lowered, Target
+from graphprune.pipeline.target import Lowered, Support, Target
 from graphprune.sparsity.layout import to_logical
 
 _TOLERANCE = {"float": 1e-4, "quantized": 5e-2}  # of the outputs' largest value
@@ -75,6 +76,7 @@ def export(
     if lacking:
         raise LoweringError(f"target {goal.name} requires {lacking}; run the pass that establishes it first")
     legal = _legalize(program, goal)
+    _refuse_formats(legal, goal)
     with written_folder(out, overwrite=overwrite) as folder:
         lowered = goal.lower(legal, folder)
         dropped = frozenset(legal.interface.names) - frozenset(lowered.inputs)
@@ -138,6 +140,19 @@ def _record_nodes(folder: Path, program: Program, target: Target, lowered: Lower
             f"per_node: nothing that {program.name} computes inside can be found in what target {target.name} wrote; "
             f"export without per_node"
         )
+
+
+def _refuse_formats(program: Program, target: Target) -> None:
+    """Raise LoweringError where the Program has a number format that the target's capability table refuses."""
+    table = target.capabilities()
+    for row, names in formats_of(program).items():
+        if table.get(row) is Support.REFUSED:
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            runs = ", ".join(key for key, support in table.items() if support is Support.EXPLOITED)
+            raise LoweringError(
+                f"target {target.name} cannot run {row}, which {names[0]}{more} is in: its table says {row!r}: refused. It runs "
+                f"{runs}; plan another scheme for it, or choose another target (graphprune targets)"
+            )
 
 
 def _measure_sites(program: Program, target: Target, folder: Path) -> list[SiteEntry]:

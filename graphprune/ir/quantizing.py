@@ -197,6 +197,7 @@ def insert_observer(program: Program, wanted: Wanted) -> fx.Node:
             ops.observe, (value, *inputs, flag, False, operand.scheme, operand.observer, prefix)
         )
     program.annotate(node, decision)
+    _settle(node, wanted)
     if operand.weight and not program.tensor(prefix).is_meta:
         set_weight_range(program, decision)
     return node
@@ -230,8 +231,15 @@ def insert_quantizer(program: Program, wanted: Wanted, observer: fx.Node | None)
         observer.update_arg(_REQUIRED, True)
     fake.meta["val"] = value.meta["val"]
     program.annotate(fake, decision)
+    _settle(fake, wanted)
     redirect(wanted, fake)
     return fake
+
+
+def _settle(node: fx.Node, wanted: Wanted) -> None:
+    """Say that a node belongs where the operator that asked for it does; so its buffers and it come into the same block."""
+    if "nn_module_stack" in wanted.owner.meta:
+        node.meta["nn_module_stack"] = wanted.owner.meta["nn_module_stack"]
 
 
 def redirect(wanted: Wanted, fake: fx.Node) -> int:
