@@ -94,7 +94,7 @@ def _strategy(cls: type[Pass]) -> st.SearchStrategy[Pass]:
     options: dict[str, st.SearchStrategy[Any]] = {
         "select": texts,
         "exclude": texts,
-        "ops": texts,
+        "ops": st.lists(st.sampled_from(["linear", "conv2d", "embedding"]), max_size=2).map(tuple),
         "include_last": st.booleans(),
         "allow_unfinished": st.booleans(),
         "names": st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3).map(tuple),

@@ -134,4 +134,4 @@ def test_a_few_steps_on_the_real_data(tmp_path: Path, name: str) -> None:
     result = sst2.Experiment(task, settings, tmp_path, Progress(disable=True)).run(sst2_task.ROWS[name], seed=0)
     assert result.sparsity == pytest.approx(sst2_task.ROWS[name].sparsity, abs=1e-3)
     assert result.holds
-    assert (tmp_path / "dense-0.pt").is_file()
+    assert (tmp_path / "dense-0" / "model.safetensors").is_file()
