@@ -6,7 +6,7 @@ argument 1 will be quantized so.  ``insert-observers`` and ``insert-fake-quant``
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
@@ -16,7 +16,7 @@ from graphprune.pipeline.base import Coverage, Pass, PassResult
 
 
 @dataclass(frozen=True)
-class AnnotateQuant(Pass):
+class AnnotateQuant(Request, Pass):
     """Decide which operands of which operators are quantized, by a preset, options and rules.
 
     Attributes:
@@ -41,27 +41,10 @@ class AnnotateQuant(Pass):
     name = "annotate-quant"
     establishes = Property.PLANNED
 
-    preset: str = "onnxruntime"
-    weights: str | None = None
-    activations: str | None = None
-    embeddings: str | None = None
-    observer: str | None = None
-    weight_observer: str | None = None
-    outputs: bool | None = None
-    reduce_range: bool | None = None
-    select: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    ops: tuple[str, ...] = ()
-    include_last: bool = True
-    rules: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        _ = self.request
-
     @property
     def request(self) -> Request:
-        """The options as the plan takes them."""
-        return Request(**{item.name: getattr(self, item.name) for item in fields(self)})
+        """The options as the plan takes them: the pass is a request."""
+        return self
 
     def recorded(self) -> AnnotateQuant:
         """The pass with what it takes from this machine written out."""

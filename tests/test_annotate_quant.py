@@ -8,11 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from graphprune.errors import PassError, RecipeError
-from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
 from graphprune.ir.quant_plan import planned
 from graphprune.ir.trace import trace
@@ -20,47 +18,11 @@ from graphprune.passes import AnnotateQuant
 from graphprune.pipeline.recipe import Recipe
 from graphprune.quant.presets import PRESETS
 from tests.models import example
+from tests.planned import left_out, plans, residuals
 from tests.traced import answer, run_passes, traced
 
 Golden = Callable[[str, str], None]
 WEIGHT, INPUT = "int8:symmetric:channel", "uint8:affine:tensor"
-
-
-def plans(program: Program, text: str = "annotate-quant") -> dict[str, str]:
-    """What is planned, by name of the operator; ``:number`` marks the second use of a weight."""
-    found: dict[str, str] = {}
-    for _, plan in planned(run_passes(program, text)):
-        again = sum(name.partition(":")[0] == plan.name for name in found)
-        found[f"{plan.name}:{again + 1}" if again else plan.name] = plan.quantize
-    return found
-
-
-def left_out(program: Program, **options: object) -> dict[str, str]:
-    return dict(AnnotateQuant(**options).run(program).coverage.left_out)  # type: ignore[arg-type]
-
-
-class Residuals(nn.Module):
-    """A residual block of two convolutions, and a sum that no convolution ends in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Conv2d(3, 4, 3, padding=1)
-        self.second = nn.Conv2d(4, 4, 3, padding=1)
-        self.head = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.first(x))
-        x = F.relu(x + self.second(x))
-        pooled = x.mean((2, 3))
-        return self.head(pooled) + pooled
-
-
-def residuals() -> Program:
-    return trace(Residuals().eval(), torch.randn(2, 3, 6, 6))
-
-
-# -- golden, nothing to do --------------------------------------------------------------------------------------------
 
 
 def test_golden(golden: Golden) -> None:
@@ -155,110 +117,6 @@ def test_the_last_layer_can_be_left() -> None:
     assert left_out(traced("mlp"), include_last=False) == {
         "head.weight": "last layer before the output; set include_last to take it"
     }
-
-
-@pytest.mark.parametrize(
-    ("options", "taken"),
-    [
-        ({"select": ("first",)}, {"first.weight"}),
-        ({"select": ("re:^(first|head)",)}, {"first.weight", "head.weight"}),
-        ({"exclude": ("*.weight",), "select": ()}, None),
-        ({"exclude": ("second.weight",)}, {"first.weight", "head.weight"}),
-    ],
-)
-def test_names(options: dict[str, tuple[str, ...]], taken: set[str] | None) -> None:
-    if taken is None:
-        with pytest.raises(RecipeError, match="nothing is left"):
-            AnnotateQuant(**options).run(traced("mlp"))  # type: ignore[arg-type]
-        return
-    result = AnnotateQuant(**options).run(traced("mlp"))  # type: ignore[arg-type]
-    assert set(result.coverage.matched) == taken
-    assert set(result.coverage.left_out) == {"first.weight", "second.weight", "head.weight"} - taken
-
-
-def test_a_name_that_matches_nothing() -> None:
-    for option in ("select", "exclude"):
-        message = rf"{option}: 'secnd' matches no quantizable operator; did you mean 'second'"
-        with pytest.raises(RecipeError, match=message):
-            AnnotateQuant(**{option: ("secnd",)}).run(traced("mlp"))  # type: ignore[arg-type]
-    with pytest.raises(RecipeError, match="select: 're:\\(' is no regular expression"):
-        AnnotateQuant(select=("re:(",)).run(traced("mlp"))
-
-
-def test_kinds_and_operators() -> None:
-    assert set(plans(residuals(), "annotate-quant{ops=[conv]}")) == {"first.weight", "second.weight"}
-    assert set(plans(traced("gpt2_conv1d"), "annotate-quant{ops=[addmm]}")) == {"up.weight", "down.weight"}
-    tied = plans(
-        traced("tied_embedding"), "annotate-quant{preset=ipex,ops=[embedding],embeddings=int8:symmetric:channel}"
-    )
-    assert set(tied) == {"embedding.weight"}
-    with pytest.raises(RecipeError, match="ops: unknown operator 'liner'; did you mean 'linear'"):
-        AnnotateQuant(ops=("liner",))
-
-
-# -- rules ------------------------------------------------------------------------------------------------------------
-
-
-def test_rules_by_kind_name_and_type() -> None:
-    bert = plans(traced("bert_qa"), 'annotate-quant{rules=["op embedding: off"]}')
-    assert not [name for name in bert if "embeddings" in name]
-    bert = plans(
-        traced("bert_qa"), 'annotate-quant{rules=["type BertEmbeddings: off","type *Attention: weights=none"]}'
-    )
-    assert not [name for name in bert if "embeddings" in name]
-    assert bert["bert.encoder.layer.0.attention.self.query.weight"] == f"0@{INPUT}"
-    assert bert["bert.encoder.layer.0.intermediate.dense.weight"] == f"0@{INPUT};1@{WEIGHT}"
-    text = 'annotate-quant{rules=["name re:layer.1: weights=int8:symmetric:tensor activations=none"]}'
-    bert = plans(traced("bert_qa"), text)
-    assert bert["bert.encoder.layer.1.intermediate.dense.weight"] == "1@int8:symmetric:tensor"
-    assert bert["bert.encoder.layer.0.intermediate.dense.weight"] == f"0@{INPUT};1@{WEIGHT}"
-
-
-def test_the_later_rule_wins() -> None:
-    found = plans(
-        traced("mlp"), 'annotate-quant{rules=["op linear: off","name head: on","name head: activations=none"]}'
-    )
-    assert found == {"head.weight": f"1@{WEIGHT}"}
-    with pytest.raises(RecipeError, match="linear operators are off; a rule such as 'op linear: on' takes them"):
-        AnnotateQuant(rules=("name head: on", "op linear: off")).run(traced("mlp"))
-
-
-def test_rules_set_observers_and_outputs() -> None:
-    rules = ("name first: observer=percentile(fraction=0.99) weight_observer=mse outputs=off",)
-    program = residuals()
-    AnnotateQuant(rules=rules).run(program)
-    plan = next(plan for _, plan in planned(program) if plan.name == "first.weight")
-    assert [(item.position, item.observer) for item in plan.operands] == [(0, "percentile(fraction=0.99)"), (1, "mse")]
-
-
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [
-        ("op liner: off", "rule 'op liner: off' matches no quantizable operator; did you mean 'linear'"),
-        ("type Linaer: off", "matches no quantizable operator; did you mean 'Linear'"),
-        ("name haed: off", "rule 'name haed: off': 'haed' matches no quantizable operator; did you mean 'head'"),
-    ],
-)
-def test_a_rule_that_matches_nothing(rule: str, message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
-        AnnotateQuant(rules=(rule,)).run(traced("mlp"))
-
-
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [
-        ("head off", "rule 'head off' cannot be read; write for example 'op embedding: off'"),
-        ("name head: of", "unknown setting 'of'; did you mean 'off'"),
-        ("name head: wieghts=none", "unknown setting 'wieghts=none'; did you mean 'weights'"),
-        ("name head: weights=int8", "unknown quantization scheme 'int8'"),
-        ("name head: weights=dynamic", "'dynamic' is for activations"),
-        ("name head: activations=uint8:affine:channel", "rule .*has several scales.*write uint8:affine:tensor"),
-        ("name head: observer=mni-max", "unknown observer 'mni-max'; did you mean 'min-max'"),
-    ],
-)
-def test_rules_are_read_when_the_pass_is_made(rule: str, message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
-        AnnotateQuant(rules=(rule,))
 
 
 @pytest.mark.parametrize(

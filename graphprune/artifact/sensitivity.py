@@ -12,12 +12,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from graphprune.artifact.measurements import differences, plain_text, read_measurements, write_measurements
+from graphprune.artifact.measurements import Measurements
 from graphprune.errors import SparsityError
 from graphprune.pipeline.recipe import Recipe
 from graphprune.sparsity.distribution import from_sensitivity
-
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Measurements):
     """What pruning each layer alone does to a metric. Prints as a table.
 
     Attributes:
@@ -84,6 +82,8 @@ class Sensitivity:
         dense: The metric of the dense model.
         sites: Layers in the order of the graph, with what was measured so far.
     """
+
+    kind = "sensitivity"
 
     settings: SweepSettings
     dense: float
@@ -171,7 +171,7 @@ class Sensitivity:
     def to_dict(self) -> dict[str, object]:
         """What ``save`` writes, as plain data for JSON."""
         return {
-            "format": _FORMAT,
+            "format": self.file_format,
             "settings": asdict(self.settings),
             "dense": self.dense,
             "sites": [
@@ -185,26 +185,22 @@ class Sensitivity:
             ],
         }
 
-    def save(self, path: Path | str) -> Path:
-        """Write a JSON file, whole or not at all.
-
-        Raises:
-            GraphPruneError: It cannot be written.
-        """
-        return write_measurements(path, self.to_dict())
-
     @classmethod
-    def load(cls, path: Path | str) -> Sensitivity:
-        """Read what ``save`` wrote.
-
-        Raises:
-            GraphPruneError: The file cannot be read, or holds something else.
-        """
-        return read_measurements(path, "sensitivity", _FORMAT, _read)
-
-    def differences(self, other: SweepSettings) -> str:
-        """Say in what other settings differ from these; empty where they are the same."""
-        return differences(self.settings, other)
+    def from_dict(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """Read ``to_dict`` back."""
+        sites = tuple(
+            MeasuredSite(
+                str(item["name"]),
+                tuple(map(str, item["members"])),
+                int(item["weights"]),
+                {float(sparsity): float(value) for sparsity, value in item["values"]},
+            )
+            for item in data["sites"]
+        )
+        dense = float(data["dense"])
+        if not all(math.isfinite(value) for value in (dense, *(v for site in sites for v in site.values.values()))):
+            raise ValueError("a value is not finite")
+        return Sensitivity(SweepSettings(**data["settings"]), dense, sites)
 
     def plot(self, path: Path | str) -> Path:
         """Draw the drops as a heat map, layers by sparsities, to a ``.png``, ``.svg`` or ``.pdf`` file.
@@ -238,29 +234,7 @@ class Sensitivity:
         )
         return Group(table, "", Text(summary))
 
-    def __rich__(self) -> Group:
-        return self.table()
-
-    def __str__(self) -> str:
-        return plain_text(self)
-
 
 def _targeted(site: MeasuredSite) -> tuple[str, ...]:
     """The names to write into a recipe; the weights' own are longer, and needed for blocks only."""
     return site.members if len(site.members) > 1 else (site.name,)
-
-
-def _read(data: Mapping[str, Any]) -> Sensitivity:
-    sites = tuple(
-        MeasuredSite(
-            str(item["name"]),
-            tuple(map(str, item["members"])),
-            int(item["weights"]),
-            {float(sparsity): float(value) for sparsity, value in item["values"]},
-        )
-        for item in data["sites"]
-    )
-    dense = float(data["dense"])
-    if not all(math.isfinite(value) for value in (dense, *(v for site in sites for v in site.values.values()))):
-        raise ValueError("a value is not finite")
-    return Sensitivity(SweepSettings(**data["settings"]), dense, sites)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graphprune.artifact.evaluation import Metric, check_repeats, evaluate, fingerprint, metric_title
 from graphprune.artifact.sensitivity import MeasuredSite, Sensitivity, SweepSettings
-from graphprune.errors import GraphPruneError, RecipeError, SparsityError
+from graphprune.errors import RecipeError, SparsityError
 from graphprune.ir.choosing import initial_scores, update_masks
 from graphprune.ir.masking import MaskedSite, masked_sites
 from graphprune.ir.program import Program
@@ -147,17 +147,13 @@ def _check_reachable(layers: Mapping[str, tuple[MaskedSite, ...]], sparsities: S
 
 def _continued(path: Path | str | None, fresh: Sensitivity) -> Sensitivity:
     """What an earlier sweep of the same settings left in a file, or ``fresh``."""
-    if path is None or not Path(path).exists():
-        return fresh
-    found = Sensitivity.load(path)
-    hint = "choose another file, or delete it to start anew"
-    if different := found.differences(fresh.settings):
-        raise GraphPruneError(f"{path} was measured with {different}; {hint}")
-    if [(site.name, site.weights) for site in found.sites] != [(site.name, site.weights) for site in fresh.sites]:
-        raise GraphPruneError(
-            f"{path} has {len(found.sites)} layers, not the {len(fresh.sites)} that select and exclude choose now; {hint}"
-        )
-    return found
+
+    def differs(found: Sensitivity) -> str:
+        if [(site.name, site.weights) for site in found.sites] == [(site.name, site.weights) for site in fresh.sites]:
+            return ""
+        return f"has {len(found.sites)} layers, not the {len(fresh.sites)} that select and exclude choose now"
+
+    return fresh.continued(path, "measured", differs)
 
 
 def _measure(

@@ -167,17 +167,13 @@ def _check_choice(option: str, value: str, known: Sequence[str]) -> None:
 
 def _continued(path: Path | str | None, fresh: Tuning) -> Tuning:
     """What an earlier search of the same settings left in a file, or ``fresh``."""
-    if path is None or not Path(path).exists():
-        return fresh
-    found = Tuning.load(path)
-    hint = "choose another file, or delete it to start anew"
-    if different := found.differences(fresh.settings):
-        raise GraphPruneError(f"{path} was tuned with {different}; {hint}")
-    if [(site.name, site.members) for site in found.sites] != [(site.name, site.members) for site in fresh.sites]:
-        raise GraphPruneError(
-            f"{path} has {len(found.sites)} other sites than the {len(fresh.sites)} that the pipeline quantizes now; {hint}"
-        )
-    return replace(found, stopped="")
+
+    def differs(found: Tuning) -> str:
+        if [(site.name, site.members) for site in found.sites] == [(site.name, site.members) for site in fresh.sites]:
+            return ""
+        return f"has {len(found.sites)} other sites than the {len(fresh.sites)} that the pipeline quantizes now"
+
+    return replace(fresh.continued(path, "tuned", differs), stopped="")
 
 
 class _Stopped(Exception):

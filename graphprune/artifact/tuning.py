@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from graphprune.artifact.measurements import differences, plain_text, read_measurements, write_measurements
+from graphprune.artifact.measurements import Measurements
 from graphprune.artifact.tuned_pipeline import OFF, TunedPipeline
 from graphprune.errors import GraphPruneError
 from graphprune.pipeline.recipe import Recipe
-
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Tuning(Measurements):
     """What a search for a precision of each site has found so far. Prints as a table.
 
     Attributes:
@@ -94,6 +91,8 @@ class Tuning:
         stopped: Why the search ended before it was through; empty where it was not stopped.
         notes: What to tell about single sites.
     """
+
+    kind = "tuning"
 
     settings: TuneSettings
     baseline: float
@@ -170,7 +169,7 @@ class Tuning:
         """What ``save`` writes, as plain data for JSON; ``goal``, ``met`` and ``best`` are for readers and follow from the rest."""
         best = self.best
         return {
-            "format": _FORMAT,
+            "format": self.file_format,
             "settings": {**asdict(self.settings), "fallback": list(self.settings.fallback)},
             "baseline": self.baseline,
             "goal": self.goal,
@@ -181,26 +180,30 @@ class Tuning:
             "trials": [asdict(trial) for trial in self.trials],
         }
 
-    def save(self, path: Path | str) -> Path:
-        """Write a JSON file, whole or not at all.
-
-        Raises:
-            GraphPruneError: It cannot be written.
-        """
-        return write_measurements(path, self.to_dict())
-
     @classmethod
-    def load(cls, path: Path | str) -> Tuning:
-        """Read what ``save`` wrote.
-
-        Raises:
-            GraphPruneError: The file cannot be read, or holds something else.
-        """
-        return read_measurements(path, "tuning", _FORMAT, _read)
-
-    def differences(self, other: TuneSettings) -> str:
-        """Say in what other settings differ from these; empty where they are the same."""
-        return differences(self.settings, other)
+    def from_dict(cls, data: Mapping[str, Any]) -> Tuning:
+        """Read ``to_dict`` back."""
+        settings = TuneSettings(**{**data["settings"], "fallback": tuple(data["settings"]["fallback"])})
+        sites = tuple(
+            TunedSite(
+                str(item["name"]),
+                tuple(map(str, item["members"])),
+                None if item["sensitivity"] is None else float(item["sensitivity"]),
+            )
+            for item in data["sites"]
+        )
+        trials = tuple(
+            Trial({str(k): str(v) for k, v in item["levels"].items()}, float(item["value"]), float(item["seconds"]))
+            for item in data["trials"]
+        )
+        found = Tuning(settings, float(data["baseline"]), sites, trials, str(data["stopped"]))
+        numbers = (found.baseline, *(item.value for item in trials), *(site.sensitivity or 0.0 for site in sites))
+        if not all(math.isfinite(value) for value in numbers):
+            raise ValueError("a value is not finite")
+        names = {site.name for site in sites}
+        if unknown := sorted({name for item in trials for name in item.levels} - names):
+            raise ValueError(f"a trial names {unknown[0]}, which is no site")
+        return found
 
     def summary(self) -> str:
         """One or two sentences: how near the goal the best trial came, and what it leaves quantized."""
@@ -239,12 +242,6 @@ class Tuning:
         }[self.settings.order]
         return Group(table, "", Text(f"sensitivity: {meaning}"), Text(self.summary()))
 
-    def __rich__(self) -> Group:
-        return self.table()
-
-    def __str__(self) -> str:
-        return plain_text(self)
-
 
 def ranked(sites: tuple[TunedSite, ...]) -> list[TunedSite]:
     """Sites, most sensitive first; ties, and sites that were not measured, in the order of the graph."""
@@ -253,27 +250,3 @@ def ranked(sites: tuple[TunedSite, ...]) -> list[TunedSite]:
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.4g}"
-
-
-def _read(data: Mapping[str, Any]) -> Tuning:
-    settings = TuneSettings(**{**data["settings"], "fallback": tuple(data["settings"]["fallback"])})
-    sites = tuple(
-        TunedSite(
-            str(item["name"]),
-            tuple(map(str, item["members"])),
-            None if item["sensitivity"] is None else float(item["sensitivity"]),
-        )
-        for item in data["sites"]
-    )
-    trials = tuple(
-        Trial({str(k): str(v) for k, v in item["levels"].items()}, float(item["value"]), float(item["seconds"]))
-        for item in data["trials"]
-    )
-    found = Tuning(settings, float(data["baseline"]), sites, trials, str(data["stopped"]))
-    numbers = (found.baseline, *(item.value for item in trials), *(site.sensitivity or 0.0 for site in sites))
-    if not all(math.isfinite(value) for value in numbers):
-        raise ValueError("a value is not finite")
-    names = {site.name for site in sites}
-    if unknown := sorted({name for item in trials for name in item.levels} - names):
-        raise ValueError(f"a trial names {unknown[0]}, which is no site")
-    return found

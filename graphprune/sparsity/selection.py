@@ -162,7 +162,7 @@ def _cut_sorted(sites: Sequence[Units], place: int, left: float, exceed: bool) -
     chosen, found = [], []
     for number, site in enumerate(sites):
         mask = _below(site, low)
-        inside = (site.scores <= high).logical_and_(mask.logical_not())
+        inside = (site.scores <= high).logical_xor_(mask)  # what is below the bucket is in both
         if not isinstance(site.sizes, int):
             inside.logical_and_(site.sizes > 0)
         places = inside.nonzero().flatten()

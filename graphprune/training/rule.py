@@ -167,7 +167,7 @@ class Rule:
     def _choose(self, step: int, program: Program, sampler: GradientSampler | None) -> None:
         progress = self.window.progress(step)
         self._finish_parts()
-        before = sparsity_of(self.sites)
+        before = sparsity_of(self.sites) if self.schedule.resets_moments else 0.0  # counting costs
         wanted = self._wanted(progress)
         self.updates += 1
         self.scores.update({gate.name: whole(gate.log_alpha.detach()) for gate in self._gates})
