@@ -38,8 +38,8 @@ floors: setup
 bench: setup
 	$(BIN)/python tools/bench.py
 
-bench-inc:
-	$(PYTHON) tools/benchmarks/inc_environment.py
+bench-inc: setup
+	$(BIN)/python tools/environment.py inc --bare
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -235,9 +235,7 @@ def export(
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Set an option of the target. Repeatable.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that graphprune did not write.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace the folder where there is one.")] = False,
     per_node: Annotated[
         bool | None,
         typer.Option(
@@ -261,7 +259,7 @@ def export(
 
         goal = make_target(target, assignments(option, "--option"), "target")
         search_current_directory()  # the saved Program may name a factory there
-        artifact = run_export(load_program(program), goal, out, overwrite=overwrite, per_node=per_node)
+        artifact = run_export(load_program(program), goal, out, overwrite=force, per_node=per_node, fresh=True)
     manifest = artifact.manifest
     parity = manifest.parity
     size = sum(item.bytes for item in manifest.files)

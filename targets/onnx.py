@@ -16,12 +16,12 @@ from graphprune.errors import LoweringError, suggest
 from graphprune.ir.program import Program
 from graphprune.ir.sites import attribute_behind, find_sites
 from graphprune.pipeline.target import Lowered, NodeValue, Run, StoredWeight, Support, Target
-from graphprune.targets.onnx_draft import Draft, finish, surgeon
-from graphprune.targets.onnx_export import export_model, inference_copy
-from graphprune.targets.onnx_kernels import INTEGER_KERNELS, kernels
-from graphprune.targets.onnx_nodes import read_names, run_nodes, track_values, write_names
-from graphprune.targets.onnx_passes import FORMS, run_passes
-from graphprune.targets.onnx_weights import PACKED, TRANSPOSED, read_weights, stored_formats
+from graphprune.targets.onnx_model.draft import Draft, finish, surgeon
+from graphprune.targets.onnx_model.export import export_model, inference_copy
+from graphprune.targets.onnx_model.kernels import INTEGER_KERNELS, kernels
+from graphprune.targets.onnx_model.nodes import read_names, run_nodes, track_values, write_names
+from graphprune.targets.onnx_model.passes import FORMS, run_passes
+from graphprune.targets.onnx_model.weights import PACKED, TRANSPOSED, read_weights, stored_formats
 
 if TYPE_CHECKING:
     import onnx

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphprune.targets.onnx_draft import Draft, GraphPass, finish
+from graphprune.targets.onnx_model.draft import Draft, GraphPass, finish
 
 onnx = pytest.importorskip("onnx")
 gs = pytest.importorskip("onnx_graphsurgeon")

@@ -30,12 +30,15 @@ for line in sys.stdin:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The modules of the benchmarks; they are imported as ``tools/bench.py`` does."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    names = ("measuring", "training", "memory", "passes", "inc", "inc_environment")
+    names = ("measuring", "training", "memory", "passes", "inc")
     yield SimpleNamespace(
         command=importlib.import_module("bench"),
+        environment=importlib.import_module("environment"),
         **{name: importlib.import_module(f"benchmarks.{name}") for name in names},
     )
-    for name in [name for name in sys.modules if name == "bench" or name.split(".")[0] == "benchmarks"]:
+    for name in [
+        name for name in sys.modules if name in ("bench", "environment") or name.split(".")[0] == "benchmarks"
+    ]:
         del sys.modules[name]
 
 
@@ -119,7 +122,7 @@ def test_what_is_not_installed_is_left_out(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert bench.inc_environment.folder().parent == tmp_path / "graphprune"
+    assert bench.environment.folder("inc").parent == tmp_path / "graphprune"
     with pytest.raises(bench.command.typer.Exit) as exit_:
         bench.command.main(only=["inc"], layers=1, repeats=1, as_json=True)
     assert exit_.value.exit_code == 0
@@ -130,4 +133,4 @@ def test_what_is_not_installed_is_left_out(
 
 def test_the_worker_of_neural_compressor_is_found(bench: Any) -> None:
     assert bench.inc.WORKER.exists()
-    assert "neural-compressor==2.6" in bench.inc_environment.PINS.read_text(encoding="utf-8").split()
+    assert "neural-compressor==2.6" in bench.environment.pins("inc").read_text(encoding="utf-8").split()

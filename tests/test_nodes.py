@@ -24,8 +24,8 @@ from graphprune.artifact.verification import examine
 from graphprune.cli import app
 from graphprune.pipeline.target import NodeValue
 from graphprune.targets.onnx import Onnx
-from graphprune.targets.onnx_kernels import INTEGER_KERNELS
-from graphprune.targets.onnx_nodes import cut, read_names
+from graphprune.targets.onnx_model.kernels import INTEGER_KERNELS
+from graphprune.targets.onnx_model.nodes import cut, read_names
 from tests.traced import run_passes, traced
 
 onnx = pytest.importorskip("onnx", reason="the ONNX target needs the extra onnx")

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 import graphprune as gp
 from graphprune.errors import LoweringError
 from graphprune.pipeline.target import StoredWeight, Support
-from graphprune.targets import onnx_integer_convolutions as convolutions
-from graphprune.targets import onnx_quantized_layers as layers
-from graphprune.targets import onnx_quantized_moves as moves
-from graphprune.targets import onnx_weights_blocks as blocks
-from graphprune.targets import onnx_weights_fold as fold
-from graphprune.targets import onnx_weights_lookup as lookup
 from graphprune.targets.onnx import Onnx
-from graphprune.targets.onnx_kernels import kernels
-from graphprune.targets.onnx_passes import FORMS
+from graphprune.targets.onnx_model import integer_convolutions as convolutions
+from graphprune.targets.onnx_model import quantized_layers as layers
+from graphprune.targets.onnx_model import quantized_moves as moves
+from graphprune.targets.onnx_model import weight_blocks as blocks
+from graphprune.targets.onnx_model import weight_folds as fold
+from graphprune.targets.onnx_model import weight_lookups as lookup
+from graphprune.targets.onnx_model.kernels import kernels
+from graphprune.targets.onnx_model.passes import FORMS
 from tests.onnx_graphs import Case, integers, random, rewrite, run, steps
 from tests.traced import run_passes, traced
 

@@ -7,15 +7,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from graphprune.targets import onnx_cleanup as cleanup
-from graphprune.targets import onnx_integer_convolutions as convolutions
-from graphprune.targets import onnx_integer_products as products
-from graphprune.targets import onnx_quantized_layers as layers
-from graphprune.targets import onnx_quantized_moves as moves
-from graphprune.targets import onnx_weights_blocks as blocks
-from graphprune.targets import onnx_weights_fold as fold
-from graphprune.targets import onnx_weights_lookup as lookup
-from graphprune.targets.onnx_passes import FORMS, name_of
+from graphprune.targets.onnx_model import cleanup as cleanup
+from graphprune.targets.onnx_model import integer_convolutions as convolutions
+from graphprune.targets.onnx_model import integer_products as products
+from graphprune.targets.onnx_model import quantized_layers as layers
+from graphprune.targets.onnx_model import quantized_moves as moves
+from graphprune.targets.onnx_model import weight_blocks as blocks
+from graphprune.targets.onnx_model import weight_folds as fold
+from graphprune.targets.onnx_model import weight_lookups as lookup
+from graphprune.targets.onnx_model.passes import FORMS, name_of
 from tests.onnx_graphs import Case, integers, random, rewrite, run, steps, text_of
 
 onnx = pytest.importorskip("onnx")

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from graphprune.artifact.files import sha256, written_folder
-from graphprune.artifact.manifest import FORMAT, FileEntry, Manifest, SiteEntry, versions
+from graphprune.artifact.manifest import FORMAT, FileEntry, InputEntry, Manifest, SiteEntry, versions
 from graphprune.artifact.nodes import SIZES, record
 from graphprune.artifact.samples import make_inputs, run_program, write_samples
-from graphprune.artifact.verification import measure_parity, measure_site, verify
+from graphprune.artifact.verification import measure_parity, measure_site, verify, verify_afresh
 from graphprune.errors import LoweringError, VerifyError
 from graphprune.ir.formats import formats_of
+from graphprune.ir.interface import Input
 from graphprune.ir.masking import Masking, Pruned, masked_sites
 from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
@@ -24,6 +25,7 @@ from graphprune.ir.sites import find_sites
 from graphprune.pipeline.manager import PassManager
 from graphprune.pipeline.recipe import Recipe
 from graphprune.pipeline.registry import make_target
+from graphprune.pipeline.remote import stored_weights
 from graphprune.pipeline.target import Lowered, Support, Target
 from graphprune.sparsity.layout import to_logical
 
@@ -47,21 +49,23 @@ def export(
     tolerance: float | None = None,
     overwrite: bool = False,
     per_node: bool | None = None,
+    fresh: bool | None = None,
 ) -> Artifact:
     """Lower a Program, measure the lowered file, and verify it.
 
     Args:
         program: Any Program; it is left as it is.
         target: Name of a target, or a target with its options.
-        out: Folder of the artifact; one that graphprune wrote is replaced as a whole.
+        out: Folder of the artifact, new or empty.
         processor: Tokenizer or image processor to save beside the model (anything with ``save_pretrained``).
         tolerance: Largest allowed difference to the Program's outputs, as a fraction of their largest value. Default: 1e-4
             in float; 5e-2 where activations are quantized, because a rounding that falls the other way moves a value by
             one quantization step.
-        overwrite: Replace a folder with other content too.
+        overwrite: Replace the folder as a whole where there is one.
         per_node: Record what the Program computes inside for a small sample (one example, eight tokens), in
             ``nodes.safetensors``, for ``verify(..., per_node=True)``. None does so for quantized Programs, where the target
             can tell which value is where.
+        fresh: Verify once more in a new process. None does so for targets that say they need it.
 
     Returns:
         The artifact.
@@ -77,7 +81,7 @@ def export(
         raise LoweringError(f"target {goal.name} requires {lacking}; run the pass that establishes it first")
     legal = _legalize(program, goal)
     _refuse_formats(legal, goal)
-    with written_folder(out, overwrite=overwrite) as folder:
+    with written_folder(out, overwrite=overwrite, ours=overwrite) as folder:
         lowered = goal.lower(legal, folder)
         dropped = frozenset(legal.interface.names) - frozenset(lowered.inputs)
         if dropped:
@@ -100,7 +104,7 @@ def export(
             recipe=",".join(legal.history),
             versions=dict(versions()),
             model=program.source.model,
-            inputs=list(lowered.inputs),
+            inputs=[_input_entry(item) for item in legal.interface.inputs],
             outputs=list(lowered.outputs),
             files=[
                 FileEntry(name=str(path.relative_to(folder)), bytes=path.stat().st_size, sha256=sha256(path))
@@ -115,6 +119,8 @@ def export(
         manifest.write(folder)
         try:
             verify(folder)
+            if goal.fresh if fresh is None else fresh:
+                verify_afresh(folder)
         except VerifyError as error:
             raise VerifyError(str(error).replace(str(folder), f"the {goal.name} export"), *error.args[1:]) from None
     return Artifact(Path(out), manifest)
@@ -157,7 +163,7 @@ def _refuse_formats(program: Program, target: Target) -> None:
 
 def _measure_sites(program: Program, target: Target, folder: Path) -> list[SiteEntry]:
     sites, _ = find_sites(program)
-    stored = target.weights(folder, {site.name: site.layout.value for site in sites})
+    stored = stored_weights(target, folder, {site.name: site.layout.value for site in sites})
     masks = {site.name: site.decision for site in masked_sites(program)}
     entries = []
     for site in sites:
@@ -170,6 +176,10 @@ def _measure_sites(program: Program, target: Target, folder: Path) -> list[SiteE
         pattern = decision.pattern if decision is not None else None
         entries.append(measure_site(site, pattern, stored[site.name], pruned))
     return entries
+
+
+def _input_entry(item: Input) -> InputEntry:
+    return InputEntry(name=item.name, dtype=str(item.dtype).removeprefix("torch."), shape=list(item.shape))
 
 
 def _write_companions(folder: Path, program: Program, processor: Any | None) -> None:

@@ -51,12 +51,13 @@ def written(path: Path | str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def written_folder(folder: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+def written_folder(folder: Path | str, *, overwrite: bool = False, ours: bool = True) -> Iterator[Path]:
     """Write a folder.
 
     Args:
-        folder: Where it will be. One that graphprune wrote earlier is replaced as a whole.
-        overwrite: Replace any other folder too.
+        folder: Where it will be.
+        overwrite: Replace any folder as a whole.
+        ours: Replace one that graphprune wrote earlier as a whole.
 
     Yields:
         A temporary folder beside it; it takes the place of ``folder`` when the block ends.
@@ -65,11 +66,14 @@ def written_folder(folder: Path | str, *, overwrite: bool = False) -> Iterator[P
         GraphPruneError: ``folder`` holds something else, or the operating system refuses; nothing is left behind.
     """
     folder = Path(folder)
-    ours = any((folder / name).is_file() for name in (MANIFEST, PROGRAM))
+    known = any((folder / name).is_file() for name in (MANIFEST, PROGRAM))
     if folder.exists() and not folder.is_dir():
         raise GraphPruneError(f"{folder} is a file; choose another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (ours or overwrite):
-        raise GraphPruneError(f"{folder} holds files that graphprune did not write; choose an empty folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (overwrite or (known and ours)):
+        content = "an artifact or a saved Program" if known else "files that graphprune did not write"
+        raise GraphPruneError(
+            f"{folder} holds {content}; choose an empty folder, or replace it (--force, overwrite=True)"
+        )
     with _explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

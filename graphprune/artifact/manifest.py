@@ -7,7 +7,7 @@ import json
 import platform
 from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from graphprune.errors import VerifyError
 from graphprune.sparsity.pattern_base import Pattern
 from graphprune.sparsity.patterns import parse_pattern
 
-FORMAT = 1
+FORMAT = 2
+_DIGEST = "sha256"
 
 
 class _Entry(BaseModel):
@@ -31,6 +32,20 @@ class FileEntry(_Entry):
     name: str
     bytes: int
     sha256: str
+
+
+class InputEntry(_Entry):
+    """One input of the model.
+
+    Attributes:
+        name: Its name in the source model's ``forward``.
+        dtype: Its dtype, such as ``int64``.
+        shape: One entry a dimension: a size, or the name of one that is free.
+    """
+
+    name: str
+    dtype: str
+    shape: list[int | str]
 
 
 class SiteEntry(_Entry):
@@ -90,7 +105,7 @@ class Parity(_Entry):
 
 
 class Manifest(_Entry):
-    """Everything that is said of an artifact."""
+    """Everything that is said of an artifact. Its file ends in a digest of all the rest, so that an edit of it is seen."""
 
     format: int
     target: str
@@ -98,7 +113,7 @@ class Manifest(_Entry):
     recipe: str
     versions: dict[str, str]
     model: str
-    inputs: list[str]
+    inputs: list[InputEntry]
     outputs: list[str]
     files: list[FileEntry]
     sites: list[SiteEntry]
@@ -121,23 +136,44 @@ class Manifest(_Entry):
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json``."""
-        (folder / MANIFEST).write_text(json.dumps(self.model_dump(), indent=2) + "\n", encoding="utf-8")
+        content = self.model_dump()
+        text = json.dumps({**content, _DIGEST: _digest(content)}, indent=2)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Read ``manifest.json``.
 
         Raises:
-            VerifyError: It is missing or damaged.
+            VerifyError: It is missing, damaged, of another version, or was edited.
         """
         path = folder / MANIFEST
         if not path.is_file():
             raise VerifyError(f"{folder} is no artifact: it has no {MANIFEST}; graphprune export writes one")
         try:
-            return cls.model_validate_json(path.read_bytes())
-        except (ValidationError, ValueError, OSError) as error:
+            content = json.loads(path.read_bytes())
+            written, stated = content.get("format"), content.pop(_DIGEST, None)
+            if written != FORMAT:
+                raise ValueError(f"it has format {written!r}, and this version reads {FORMAT}")
+            if stated != _digest(content):
+                raise ValueError("it was edited after it was written, so nothing that it says can be trusted")
+            manifest = cls.model_validate_json(json.dumps(content))
+            manifest._check_paths()
+        except (ValidationError, ValueError, AttributeError, OSError) as error:
             detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise VerifyError(f"{path} is damaged: {detail}; export the artifact again") from None
+        return manifest
+
+    def _check_paths(self) -> None:
+        """Raise ValueError where a file would lie outside of the artifact."""
+        for entry in self.files:
+            path = PurePosixPath(entry.name)
+            if path.is_absolute() or ".." in path.parts or "\\" in entry.name or not path.parts:
+                raise ValueError(f"it lists {entry.name!r}, which lies outside of the artifact")
+
+
+def _digest(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def digest_of_zeros(zeros: np.ndarray) -> str:
@@ -148,7 +184,7 @@ def digest_of_zeros(zeros: np.ndarray) -> str:
 def versions() -> Mapping[str, str]:
     """Versions of Python and of the libraries that shape an artifact, as far as they are installed."""
     found = {"python": platform.python_version()}
-    for name in ("graphprune", "torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
+    for name in ("graphprune", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "deepsparse"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

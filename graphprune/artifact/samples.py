@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 from graphprune.errors import VerifyError
 from graphprune.ir.program import Program
 
-SAMPLES = "samples.safetensors"
+INPUTS, OUTPUTS = "sample-inputs", "sample-outputs"
+"""Folders of an artifact: ``inp_0001.npz`` and on, and ``out_0001.npz`` and on, arrays by name."""
 _SIZES = ({0: 2, 1: 16}, {0: 3, 1: 7})  # batch and sequence of each sample, where they are dynamic
 
 Arrays = dict[str, np.ndarray]
@@ -67,26 +68,32 @@ def run_program(program: Program, inputs: Mapping[str, Tensor], names: Sequence[
 
 
 def write_samples(folder: Path, inputs: Sequence[Mapping[str, Tensor]], outputs: Sequence[Arrays]) -> None:
-    """Write samples as ``<index>.input.<name>`` and ``<index>.output.<name>``."""
-    arrays: Arrays = {}
-    for index, (given, expected) in enumerate(zip(inputs, outputs, strict=True)):
-        arrays |= {f"{index}.input.{name}": np.ascontiguousarray(value.numpy()) for name, value in given.items()}
-        arrays |= {f"{index}.output.{name}": np.ascontiguousarray(value) for name, value in expected.items()}
-    safetensors.numpy.save_file(arrays, folder / SAMPLES)
+    """Write samples as npz files that ``numpy.load`` reads: one of inputs and one of outputs each."""
+    for name in (INPUTS, OUTPUTS):
+        (folder / name).mkdir()
+    for number, (given, expected) in enumerate(zip(inputs, outputs, strict=True), 1):
+        np.savez(folder / INPUTS / f"inp_{number:04}.npz", **{name: value.numpy() for name, value in given.items()})
+        np.savez(folder / OUTPUTS / f"out_{number:04}.npz", **expected)
 
 
 def read_samples(folder: Path) -> list[tuple[Arrays, Arrays]]:
     """Read ``(inputs, expected outputs)`` of every sample.
 
     Raises:
-        VerifyError: The file is missing or damaged.
+        VerifyError: A file is missing or damaged.
     """
+    samples = [
+        (_read(path), _read(folder / OUTPUTS / path.name.replace("inp_", "out_")))
+        for path in sorted((folder / INPUTS).glob("inp_*.npz"))
+    ]
+    if not samples:
+        raise VerifyError(f"{folder / INPUTS} holds no samples; export the artifact again")
+    return samples
+
+
+def _read(path: Path) -> Arrays:
     try:
-        arrays = safetensors.numpy.load_file(folder / SAMPLES)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise VerifyError(f"{folder / SAMPLES} cannot be read: {error}") from None
-    samples: dict[int, tuple[Arrays, Arrays]] = {}
-    for key, value in arrays.items():
-        index, kind, name = key.split(".", 2)
-        samples.setdefault(int(index), ({}, {}))[0 if kind == "input" else 1][name] = value
-    return [samples[index] for index in sorted(samples)]
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise VerifyError(f"{path} cannot be read: {error}") from None

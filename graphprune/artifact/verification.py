@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from graphprune.artifact.samples import Arrays, read_samples
 from graphprune.errors import VerifyError
 from graphprune.ir.sites import Site
 from graphprune.pipeline.registry import make_target
+from graphprune.pipeline.remote import opened, stored_weights
 from graphprune.pipeline.target import StoredWeight, Target
 from graphprune.sparsity.grouped import NM
 from graphprune.sparsity.pattern_base import Pattern
@@ -102,6 +105,19 @@ def verify(folder: Path | str, *, per_node: bool = False) -> Report:
     return report
 
 
+def verify_afresh(folder: Path | str) -> None:
+    """Verify an artifact in a new process, which knows nothing of what lowered it.
+
+    Raises:
+        VerifyError: A check failed there.
+    """
+    code = "import sys; from graphprune.artifact.verification import verify; verify(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise VerifyError(f"in a new process: {last.removeprefix('graphprune.errors.VerifyError: ')}")
+
+
 def examine(folder: Path | str, *, per_node: bool = False, rows: int = 20) -> Report:
     """What ``verify`` does, up to its verdict.
 
@@ -138,6 +154,9 @@ def examine(folder: Path | str, *, per_node: bool = False, rows: int = 20) -> Re
 
 def _check_files(folder: Path, manifest: Manifest) -> tuple[Check, list[str]]:
     missing = [entry.name for entry in manifest.files if not (folder / entry.name).is_file()]
+    linked = [
+        entry.name for entry in manifest.files if not (folder / entry.name).resolve().is_relative_to(folder.resolve())
+    ]
     changed = [
         entry.name
         for entry in manifest.files
@@ -148,14 +167,15 @@ def _check_files(folder: Path, manifest: Manifest) -> tuple[Check, list[str]]:
         path.name for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in known
     )
     problems = [f"{name} is missing" for name in missing] + [f"{name} was changed" for name in changed]
-    problems += [f"{name} is not in the manifest" for name in extra]
+    problems += [f"{name} is not in the manifest, perhaps a file of another artifact" for name in extra]
+    problems += [f"{name} is a link to a place outside of the artifact" for name in linked]
     detail = "; ".join(problems) or f"{len(manifest.files)} files as listed"
     return Check("files", not problems, detail), missing
 
 
 def _check_sites(target: Target, folder: Path, manifest: Manifest) -> Check:
     try:
-        stored = target.weights(folder, {site.name: site.layout for site in manifest.sites})
+        stored = stored_weights(target, folder, {site.name: site.layout for site in manifest.sites})
     except VerifyError:
         raise
     except Exception as error:  # a damaged file makes its reader fail in any way
@@ -249,9 +269,9 @@ def measure_parity(target: Target, folder: Path, tolerance: float, in_steps: boo
         VerifyError: An output is missing or has another shape.
     """
     worst, where, steps = 0.0, "", 0.0
-    run = target.open(folder)
-    for inputs, expected in read_samples(folder):
-        actual = run(inputs)
+    with opened(target, folder) as run:
+        answers = [(run(inputs), expected) for inputs, expected in read_samples(folder)]
+    for actual, expected in answers:
         difference, name = largest_difference(actual, expected)
         if difference >= worst:
             worst, where = difference, name

@@ -221,7 +221,9 @@ def _export_all(out: Path, student: Student, progress: Progress) -> dict[str, Ar
     artifacts = {}
     for name, program in progress.track(programs.items(), description="export and verify"):
         program.eval()
-        artifacts[name] = export(program, "onnx", out / name.replace(" ", "-"), processor=data.tokenizer)
+        artifacts[name] = export(
+            program, "onnx", out / name.replace(" ", "-"), processor=data.tokenizer, overwrite=True
+        )
     return artifacts
 
 

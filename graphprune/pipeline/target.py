@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import abc
 import enum
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -99,12 +100,15 @@ class Target(abc.ABC):
         requires: Properties that the Program must have.
         legalize: Pipeline text of the passes that run on a copy of the Program before lowering.
         extra: The extra of the package that installs its libraries, "" for none.
+        fresh: Whether what it writes must be seen to run in a process that has not lowered it: true where loading could lean on
+            what Python has in memory (operators that were registered, classes, a compiler's cache).
     """
 
     name: ClassVar[str]
     requires: ClassVar[Property] = Property.FUNCTIONAL
     legalize: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
+    fresh: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod
@@ -149,6 +153,20 @@ class Target(abc.ABC):
         Returns:
             Weights by site. A site that the file does not have is absent.
         """
+
+    def library(self, name: str) -> Any:
+        """Import a library of this target.
+
+        Raises:
+            LoweringError: It is not installed; says the line that installs it.
+        """
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            raise LoweringError(
+                f"target {self.name} needs {name.partition('.')[0]}, which cannot be imported ({error}); run: "
+                f'pip install "graphprune[{self.extra}]"'
+            ) from error
 
     def nodes(self, folder: Path) -> frozenset[str]:
         """Keys of the Program's values that the lowered file says where they are; none where a target cannot say.

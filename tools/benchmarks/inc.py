@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import environment
 import torch
 
-from benchmarks import inc_environment
 from benchmarks.measuring import Measure, Setting, Unavailable, at_most, bert, medians, random_batch, timed
 from benchmarks.training import Trained, adamw, masked, train
 
@@ -81,7 +81,7 @@ class Worker:
 
 def bench_inc(setting: Setting) -> Iterator[Measure]:
     """A mask update and a training step with snip_momentum of both, on the same BERT with the same number of threads."""
-    python = inc_environment.interpreter()
+    python = environment.interpreter("inc")
     if python is None:
         raise Unavailable("neural-compressor 2.6 is not installed; `make bench-inc` makes an environment for it")
     options = {

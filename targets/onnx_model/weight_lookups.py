@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from graphprune.targets.onnx_draft import FLOAT, MICROSOFT, Draft, Quantized, is_constant, quantized
+from graphprune.targets.onnx_model.draft import FLOAT, MICROSOFT, Draft, Quantized, is_constant, quantized
 
 
 def look_up_integers(draft: Draft) -> int:

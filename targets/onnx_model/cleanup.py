@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphprune.targets.onnx_draft import Draft, is_constant, made_by, quantized, quantizer_behind, replace_value
+from graphprune.targets.onnx_model.draft import Draft, is_constant, made_by, quantized, quantizer_behind, replace_value
 
 
 def remove_identities(draft: Draft) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from graphprune.errors import LoweringError
-from graphprune.targets.onnx_draft import (
+from graphprune.targets.onnx_model.draft import (
     OURS,
     Draft,
     is_constant,
@@ -17,7 +17,7 @@ from graphprune.targets.onnx_draft import (
     replace_value,
     weight_of,
 )  # fmt: skip
-from graphprune.targets.onnx_export import QUANTIZED
+from graphprune.targets.onnx_model.export import QUANTIZED
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def export_model(program: Program, opset: int) -> onnx.ModelProto:
     Raises:
         LoweringError: ``torch.onnx`` has no translation for some operator, or none in this opset.
     """
-    translations = importlib.import_module("graphprune.targets.onnx_operators").TRANSLATIONS
+    translations = importlib.import_module("graphprune.targets.onnx_model.operators").TRANSLATIONS
     with torch.no_grad(), _quiet():
         try:
             exported = torch.export.export(

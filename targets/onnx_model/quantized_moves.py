@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from graphprune.targets.onnx_draft import (
+from graphprune.targets.onnx_model.draft import (
     Draft,
     Quantized,
     is_constant,

@@ -20,7 +20,7 @@ from graphprune.errors import LoweringError
 from graphprune.ir.program import Program
 from graphprune.ir.quantizable import Quantizable, find_quantizable
 from graphprune.pipeline.target import NodeValue
-from graphprune.targets.onnx_draft import is_constant
+from graphprune.targets.onnx_model.draft import is_constant
 
 if TYPE_CHECKING:
     import onnx

@@ -5,41 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from graphprune.targets.onnx_cleanup import (
+from graphprune.targets.onnx_model.cleanup import (
     compose_transposes,
     divide_by_roots,
     remove_identities,
     write_residuals_as_sums,
 )  # fmt: skip
-from graphprune.targets.onnx_draft import Draft, GraphPass
-from graphprune.targets.onnx_integer_convolutions import convolve_dynamic, convolve_integers, convolve_quantized
-from graphprune.targets.onnx_integer_products import (
+from graphprune.targets.onnx_model.draft import Draft, GraphPass
+from graphprune.targets.onnx_model.integer_convolutions import convolve_dynamic, convolve_integers, convolve_quantized
+from graphprune.targets.onnx_model.integer_products import (
     fuse_products,
     multiply_dynamic,
     multiply_integers,
     multiply_quantized,
 )  # fmt: skip
-from graphprune.targets.onnx_quantized_layers import (
+from graphprune.targets.onnx_model.quantized_layers import (
     dedicate_dequantize,
     quantize_biases,
     split_all_gemms,
     split_gemms,
 )  # fmt: skip
-from graphprune.targets.onnx_quantized_moves import (
+from graphprune.targets.onnx_model.quantized_moves import (
     cancel_quantize_pairs,
     lift_quantize,
     pool_means,
     share_quantize,
     sink_dequantize,
 )  # fmt: skip
-from graphprune.targets.onnx_weights_blocks import FIRST_OPSET, check_formats, pack_products, pack_weight_only
-from graphprune.targets.onnx_weights_fold import (
+from graphprune.targets.onnx_model.weight_blocks import FIRST_OPSET, check_formats, pack_products, pack_weight_only
+from graphprune.targets.onnx_model.weight_folds import (
     clip_reduced_ranges,
     fold_weight_casts,
     fold_weight_quantization,
     fold_weight_transposes,
 )
-from graphprune.targets.onnx_weights_lookup import look_up_blocks, look_up_integers
+from graphprune.targets.onnx_model.weight_lookups import look_up_blocks, look_up_integers
 
 _STORED: tuple[GraphPass, ...] = (
     remove_identities,

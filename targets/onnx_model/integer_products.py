@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphprune.targets.onnx_draft import (
+from graphprune.targets.onnx_model.draft import (
     FLOAT,
     MICROSOFT,
     Draft,

@@ -19,8 +19,8 @@ import torch
 from onnx_ir import DataType, tensor
 
 from graphprune.ir import ops
-from graphprune.targets.onnx_draft import OURS
-from graphprune.targets.onnx_export import QUANTIZED, WHOLE
+from graphprune.targets.onnx_model.draft import OURS
+from graphprune.targets.onnx_model.export import QUANTIZED, WHOLE
 
 op: Any = importlib.import_module("onnxscript").opset18
 _values: Any = importlib.import_module("onnxscript").values

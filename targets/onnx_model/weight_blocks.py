@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from graphprune.errors import LoweringError
-from graphprune.targets.onnx_draft import MICROSOFT, Draft, Quantized, absent, bias_behind, is_constant, quantized
+from graphprune.targets.onnx_model.draft import MICROSOFT, Draft, Quantized, absent, bias_behind, is_constant, quantized
 
 FIRST_OPSET = 21
 """The ONNX operator set that has int4, uint4 and ``block_size``."""

@@ -13,7 +13,7 @@ import torch
 from graphprune.errors import LoweringError
 from graphprune.pipeline.target import StoredWeight
 from graphprune.sparsity.layout import Layout, to_logical
-from graphprune.targets.onnx_weights_blocks import unpack
+from graphprune.targets.onnx_model.weight_blocks import unpack
 
 if TYPE_CHECKING:
     import onnx

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from graphprune.targets.onnx_draft import Draft, is_constant, quantized, quantizer_behind, surgeon
+from graphprune.targets.onnx_model.draft import Draft, is_constant, quantized, quantizer_behind, surgeon
 
 
 def split_gemms(draft: Draft) -> int:
