@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from graphprune.artifact.bisection import bisect
 from graphprune.artifact.files import sha256, written_folder
-from graphprune.artifact.manifest import FORMAT, FileEntry, InputEntry, Manifest, SiteEntry, versions
+from graphprune.artifact.manifest import FORMAT, FileEntry, InputEntry, Manifest, Parity, SiteEntry, versions
 from graphprune.artifact.nodes import SIZES, record
 from graphprune.artifact.samples import make_inputs, run_program, write_samples
 from graphprune.artifact.verification import measure_parity, measure_site, verify, verify_afresh
@@ -97,6 +100,9 @@ def export(
         )
         kind = "quantized" if Property.FAKE_QUANT in legal.properties else "float"
         allowed = (_TOLERANCE[kind] if tolerance is None else tolerance) * max(scale, 1e-6)
+        parity = measure_parity(goal, folder, allowed, in_steps=kind == "quantized")
+        if parity.max_abs > allowed:
+            _explain(legal, goal, inputs, parity, scale)
         manifest = Manifest(
             format=FORMAT,
             target=goal.name,
@@ -112,7 +118,7 @@ def export(
                 if path.is_file()
             ],
             sites=_measure_sites(legal, goal, folder),
-            parity=measure_parity(goal, folder, allowed, in_steps=kind == "quantized"),
+            parity=parity,
             coverage={key: list(names) for key, names in lowered.coverage.items()},
             passes=dict(lowered.passes),
         )
@@ -176,6 +182,17 @@ def _measure_sites(program: Program, target: Target, folder: Path) -> list[SiteE
         pattern = decision.pattern if decision is not None else None
         entries.append(measure_site(site, pattern, stored[site.name], pruned))
     return entries
+
+
+def _explain(
+    program: Program, target: Target, inputs: Sequence[Mapping[str, Tensor]], parity: Parity, scale: float
+) -> None:
+    """Raise VerifyError that names the first operator whose result differs."""
+    culprit = bisect(program, target, inputs, parity.tolerance / max(scale, 1e-6)) if target.any_graph else None
+    raise VerifyError(
+        f"the {target.name} export differs from the Program by {parity.max_abs:.3g} at {parity.worst_node}, which is more than "
+        f"{parity.tolerance:.3g}; {culprit or 'no single operator can be named'}. Nothing was written"
+    )
 
 
 def _input_entry(item: Input) -> InputEntry:

@@ -102,6 +102,8 @@ class Target(abc.ABC):
         extra: The extra of the package that installs its libraries, "" for none.
         fresh: Whether what it writes must be seen to run in a process that has not lowered it: true where loading could lean on
             what Python has in memory (operators that were registered, classes, a compiler's cache).
+        any_graph: Whether it lowers any graph, and so the beginning of one, in search of an operator that differs; not where it goes
+            back to the source model's class.
     """
 
     name: ClassVar[str]
@@ -109,6 +111,7 @@ class Target(abc.ABC):
     legalize: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
     fresh: ClassVar[bool] = False
+    any_graph: ClassVar[bool] = True
 
     @classmethod
     @abc.abstractmethod
