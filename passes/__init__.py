@@ -19,6 +19,7 @@ from graphprune.passes.keep_outputs import KeepOutputs
 from graphprune.passes.lock_masks import LockMasks
 from graphprune.passes.partition_blocks import PartitionBlocks
 from graphprune.passes.remove_dead import RemoveDead
+from graphprune.passes.remove_quant import RemoveQuant
 from graphprune.passes.smooth_quant import SmoothQuant
 
 __all__ = [
@@ -41,5 +42,6 @@ __all__ = [
     "LockMasks",
     "PartitionBlocks",
     "RemoveDead",
+    "RemoveQuant",
     "SmoothQuant",
 ]

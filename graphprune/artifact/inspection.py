@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from rich.console import Console, Group
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, fx, nn
 
+from graphprune.artifact.advice import remarks_of, support_of
 from graphprune.ir import ops as custom_ops
 from graphprune.ir.examples import default_inputs
 from graphprune.ir.program import Program
@@ -84,6 +85,8 @@ class Inspection:
         sites: Prunable weights in the order of the graph.
         excluded: Weights left out, each with the reason.
         totals: Sums.
+        targets: For each target that was asked for, what it makes of each pattern, as in ``graphprune targets``.
+        remarks: What must be added to that, such as a condition.
     """
 
     model: str
@@ -91,13 +94,22 @@ class Inspection:
     sites: tuple[InspectedSite, ...]
     excluded: tuple[Excluded, ...]
     totals: Totals
+    targets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """The inspection as plain data for JSON."""
         return {
             "sites": [
-                {**asdict(site), "shape": list(site.shape), "patterns": list(site.patterns)} for site in self.sites
+                {
+                    **asdict(site),
+                    "shape": list(site.shape),
+                    "patterns": list(site.patterns),
+                    **({"targets": self._made_of(site)} if self.targets else {}),
+                }
+                for site in self.sites
             ],
+            **({"remarks": list(self.remarks)} if self.targets else {}),
             "excluded": [asdict(item) for item in self.excluded],
             "totals": {
                 **asdict(self.totals),
@@ -107,7 +119,8 @@ class Inspection:
         }
 
     def __rich__(self) -> Group:
-        return Group(self._sites_table(), "", self._excluded_table(), "", Text(self._summary()))
+        remarks: tuple[str | Text, ...] = ("", *(Text(text) for text in self.remarks)) if self.remarks else ()
+        return Group(self._sites_table(), *remarks, "", self._excluded_table(), "", Text(self._summary()))
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, legacy_windows=False)
@@ -116,7 +129,8 @@ class Inspection:
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
     def _sites_table(self) -> Table:
-        table = _table("prunable weight", "op", "out x in", "parameters", "MACs", "sparsity", "patterns that fit")
+        titles = ("prunable weight", "op", "out x in", "parameters", "MACs", "sparsity", "patterns that fit")
+        table = _table(*titles, *self.targets)
         for column in table.columns[2:6]:
             column.justify = "right"
         for site in self.sites:
@@ -129,8 +143,13 @@ class Inspection:
                 f"{site.macs:,}",
                 _fraction(site.sparsity),
                 " ".join(site.patterns),
+                *(_grouped(made) for made in self._made_of(site).values()),
             )
         return table
+
+    def _made_of(self, site: InspectedSite) -> dict[str, dict[str, str]]:
+        """What each target makes of each pattern that fits a weight."""
+        return {name: {text: made[text] for text in site.patterns} for name, made in self.targets.items()}
 
     def _excluded_table(self) -> Table:
         table = _table("left out", "reason")
@@ -158,6 +177,7 @@ def inspect(
     ops: Iterable[str] = (),
     include_last: bool = False,
     patterns: Iterable[str] = PATTERNS,
+    targets: Iterable[str] = (),
     **constants: object,
 ) -> Inspection:
     """List the weights of a model that can be pruned, and those that cannot, with the reason.
@@ -172,6 +192,7 @@ def inspect(
         ops: Operators to take, such as ``linear``. Empty takes all.
         include_last: Take the last layer before the output too.
         patterns: Sparsity patterns to try on each weight.
+        targets: Names of targets; the result says what each makes of every pattern.
         **constants: Arguments of ``forward`` that are no tensors.
 
     Returns:
@@ -179,10 +200,12 @@ def inspect(
 
     Raises:
         TraceError: The model cannot be traced.
-        RecipeError: A name or operator matches nothing.
+        RecipeError: A name or operator matches nothing, or a target is unknown.
         SparsityError: ``patterns`` names an unknown pattern.
     """
     tried = {text: parse_pattern(text) for text in patterns}
+    made = {name: {text: support_of(name, text).value for text in tried} for name in targets}
+    remarks = tuple(text for name in made for text in remarks_of(name, tried))
     selection = Selection(tuple(select), tuple(exclude), tuple(ops), include_last)
     program = model if isinstance(model, Program) else _trace_static(model, example_inputs, constants)
     program = _flat(program)
@@ -199,7 +222,7 @@ def inspect(
         macs=sum(site.macs for site in sites),
         sparsity=sum(known) / prunable if prunable and len(known) == len(sites) else None,
     )
-    return Inspection(program.name, _input_shapes(program), sites, excluded, totals)
+    return Inspection(program.name, _input_shapes(program), sites, excluded, totals, made, remarks)
 
 
 def _flat(program: Program) -> Program:
@@ -278,6 +301,12 @@ def _table(*titles: str) -> Table:
 
 def _add(table: Table, *cells: str) -> None:
     table.add_row(*(Text(cell) for cell in cells))  # as text, since rich reads :name: as an emoji and [..] as markup
+
+
+def _grouped(made: Mapping[str, str]) -> str:
+    """Patterns by what a target makes of them: ``exploited: 2:4; stored only: unstructured 4x1``."""
+    kinds = dict.fromkeys(made.values())
+    return "; ".join(f"{kind}: {' '.join(text for text, own in made.items() if own == kind)}" for kind in kinds)
 
 
 def _fraction(value: float | None) -> str:

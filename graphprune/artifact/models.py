@@ -21,6 +21,8 @@ from graphprune.ir.program import Program
 
 _CONFIG = "config.json"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+_CHECKPOINT = ("model.safetensors", "model.safetensors.index.json")
+"""What an artifact has that is a Hugging Face checkpoint too, of the target torch."""
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -148,7 +150,7 @@ def _from_folder(folder: Path) -> LoadedModel:
     if (folder / PROGRAM).is_file():
         search_current_directory()  # the saved Program may name a factory there
         return LoadedModel(load_program(folder))
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file() and not any((folder / name).is_file() for name in _CHECKPOINT):
         raise GraphPruneError(f"{folder} is an exported artifact and cannot be traced; see graphprune verify")
     if not (folder / _CONFIG).is_file():
         raise GraphPruneError(f"{folder} has no {_CONFIG} (a Hugging Face model) and no {PROGRAM} (a saved Program)")

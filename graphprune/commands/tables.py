@@ -1,4 +1,4 @@
-"""Tables of what is installed, for ``graphprune passes`` and ``graphprune targets``."""
+"""Tables of what is installed, for ``graphprune passes`` and ``graphprune targets``; the latter as data too."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from graphprune.pipeline.registry import known_passes, known_targets
-from graphprune.pipeline.target import Target
+from graphprune.pipeline.target import FORMATS, PATTERNS, Target
 from graphprune.pipeline.text import format_pass
 
 
@@ -25,13 +26,42 @@ def passes_table() -> Table:
     return table
 
 
-def targets_table() -> Table:
-    """Targets by name: options with defaults, capabilities, and whether their libraries are installed."""
-    table = _table("target", "does", "options", "capabilities", "libraries")
-    for name, cls in known_targets().items():
-        abilities = ", ".join(f"{key}: {value.value}" for key, value in cls.capabilities().items())
-        _add(table, name, _first_line(cls), _options(cls), abilities, _libraries(cls))
-    return table
+def targets_table() -> Group:
+    """What each target makes of every pattern and format, a column a target; remarks; options, and whether libraries are there."""
+    targets = known_targets()
+    numbers: dict[str, int] = {}  # of remarks, in the order in which a reader meets them
+    tables = []
+    for title, rows in (("sparsity pattern", PATTERNS), ("number format", FORMATS)):
+        table = _table(title, *targets)
+        for row in rows:
+            cells = []
+            for cls in targets.values():
+                support = cls.capabilities().get(row)
+                remark = cls.remarks.get(row)
+                mark = f" ({numbers.setdefault(remark, len(numbers) + 1)})" if remark else ""
+                cells.append(("not stated" if support is None else support.value) + mark)
+            _add(table, row, *cells)
+        tables.append(table)
+    remarks = "\n".join(f"({number}) {text}" for text, number in numbers.items())
+    about = _table("target", "does", "options", "libraries")
+    for name, cls in targets.items():
+        _add(about, name, _first_line(cls), _options(cls), _libraries(cls))
+    below: tuple[str | Text, ...] = ("", Text(remarks)) if remarks else ()
+    return Group(tables[0], "", tables[1], *below, "", about)
+
+
+def describe_targets() -> dict[str, dict[str, object]]:
+    """Each target by name as plain data: what it does, its options, capabilities, remarks and libraries."""
+    return {
+        name: {
+            "does": _first_line(cls),
+            "options": {item.name: None if item.default is MISSING else item.default for item in fields(cls)},
+            "capabilities": {row: support.value for row, support in cls.capabilities().items()},
+            "remarks": dict(cls.remarks),
+            "libraries": _libraries(cls),
+        }
+        for name, cls in known_targets().items()
+    }
 
 
 def _table(*titles: str) -> Table:

@@ -47,6 +47,19 @@ class Quantizer:
 
 
 @dataclass(frozen=True)
+class Dequantized:
+    """Record on a weight's node, left by ``remove-quant``.
+
+    Attributes:
+        scheme: Text of the scheme whose grid the weight lies on; "" where it was not quantized.
+        quantized_inputs: Whether an operator that uses it read a quantized activation, which is float now.
+    """
+
+    scheme: str
+    quantized_inputs: bool
+
+
+@dataclass(frozen=True)
 class FreezeTimes:
     """Annotation on the output: lengths of training after which something is frozen; None = never."""
 
@@ -291,7 +304,7 @@ def read_observers(program: Program) -> None:
             continue
         watching = bound_observer(decision.observer, decision.scheme)
         held = _buffers(program, decision.prefix)
-        if watching.live or bool((held["low"] > held["high"]).any()):
+        if watching.live or held["low"].is_meta or bool((held["low"] > held["high"]).any()):
             continue
         state = State(held["low"], held["high"], held["histogram"])
         scheme = parse_scheme(decision.scheme)

@@ -64,16 +64,25 @@ def make_pass(name: str, options: Mapping[str, object], where: str = "") -> Pass
     return _build(passes[name], name, options, where)
 
 
+def find_target(name: str, where: str = "") -> type[Target]:
+    """The class of a target.
+
+    Raises:
+        RecipeError: No installed package offers it; suggests a close match.
+    """
+    targets = known_targets()
+    if name not in targets:
+        raise RecipeError(f"{_at(where)}unknown target {name!r}{suggest(name, targets)}")
+    return targets[name]
+
+
 def make_target(name: str, options: Mapping[str, object] | None = None, where: str = "") -> Target:
     """Build a target from its name and options.
 
     Raises:
         RecipeError: Unknown target or option, or a value of the wrong type or out of range.
     """
-    targets = known_targets()
-    if name not in targets:
-        raise RecipeError(f"{_at(where)}unknown target {name!r}{suggest(name, targets)}")
-    return _build(targets[name], name, options or {}, where)
+    return _build(find_target(name, where), name, options or {}, where)
 
 
 def _at(where: str) -> str:

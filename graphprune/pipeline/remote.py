@@ -86,14 +86,18 @@ class Remote:
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """Outputs by name."""
         given, wanted = self._file("inputs"), self._file("outputs")
-        np.savez(given, **dict(inputs))
+        np.savez(given, allow_pickle=False, **dict(inputs))
         self._ask("run", inputs=str(given), outputs=str(wanted))
         return _read(wanted)
 
     def time(self, inputs: Arrays, calls: int = 1) -> list[float]:
-        """Seconds of each of some calls in a row, measured in the process."""
+        """Seconds of each of some calls in a row, measured in the process.
+
+        Returns when the runtime's threads sleep: many spin after a call, onnxruntime's for 40 ms, and would take the processor from
+        whatever is timed next.
+        """
         given = self._file("timed")
-        np.savez(given, **dict(inputs))
+        np.savez(given, allow_pickle=False, **dict(inputs))
         return [float(item) for item in self._ask("time", inputs=str(given), calls=calls)]
 
     def weights(self, layouts: Mapping[str, str]) -> dict[str, StoredWeight]:
@@ -130,7 +134,9 @@ class Remote:
     def __enter__(self) -> Remote:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            self._process.kill()  # interrupted: whoever did that does not want to wait for the call that runs
         self.close()
 
     def _file(self, name: str) -> Path:
@@ -207,7 +213,7 @@ class _Server:
         self.model = self.target.open(self.folder, threads)
 
     def run(self, inputs: str, outputs: str) -> None:
-        np.savez(outputs, **self.model(_read(Path(inputs))))
+        np.savez(outputs, allow_pickle=False, **self.model(_read(Path(inputs))))
 
     def time(self, inputs: str, calls: int) -> list[float]:
         arrays, seconds = _read(Path(inputs)), []
@@ -215,6 +221,7 @@ class _Server:
             start = time.perf_counter()
             self.model(arrays)
             seconds.append(time.perf_counter() - start)
+        _wait_until_idle()
         return seconds
 
     def weights(self, layouts: Mapping[str, str], outputs: str) -> list[str]:
@@ -225,12 +232,25 @@ class _Server:
             for part in _PARTS
             if getattr(weight, part) is not None
         }
-        np.savez(outputs, **parts)
+        np.savez(outputs, allow_pickle=False, **parts)
         return list(found)
 
     def memory(self) -> int:
+        with contextlib.suppress(OSError, ValueError, StopIteration):  # on Linux ru_maxrss begins at the parent's size
+            lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+            return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _wait_until_idle(interval: float = 0.01, limit: float = 1.0) -> None:
+    """Wait until this process uses less than a tenth of a processor; at most ``limit`` seconds."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        before = time.process_time()
+        time.sleep(interval)
+        if time.process_time() - before < interval / 10:
+            return
 
 
 def serve() -> None:

@@ -20,8 +20,21 @@ Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 """A loaded model: inputs by name to outputs by name."""
 
 
+PATTERNS = ("unstructured", "NxM", "N:M", "channel")
+"""Rows of a capability table for sparsity patterns: single weights, blocks, N of M consecutive inputs, whole channels."""
+FORMATS = (
+    "fp32", "fp16", "bf16", "int8", "uint8", "int4", "uint4", "int8 per group", "int4 per group", "dynamic uint8",
+)  # fmt: skip
+"""Rows for number formats, of weights and of activations; ``dynamic uint8`` is an activation whose range is found at run time."""
+
+
 class Support(enum.Enum):
-    """What a target does with a sparsity pattern or number format."""
+    """What a target does with a sparsity pattern or number format.
+
+    ``EXPLOITED``: the runtime does less work for it, or smaller work: zeros are skipped, integers are multiplied as integers; float32
+    is computed by kernels made for speed. ``STORED``: it is in the file as the Program has it and computed right, and nothing is faster
+    for it. ``IGNORED``: the model is lowered without it and computes something else there. ``REFUSED``: ``export`` raises an error.
+    """
 
     EXPLOITED = "exploited"
     STORED = "stored only"
@@ -104,6 +117,7 @@ class Target(abc.ABC):
             what Python has in memory (operators that were registered, classes, a compiler's cache).
         any_graph: Whether it lowers any graph, and so the beginning of one, in search of an operator that differs; not where it goes
             back to the source model's class.
+        remarks: What must be added to a row of ``capabilities()``, by its name: a condition, or a part that it does not hold for.
     """
 
     name: ClassVar[str]
@@ -112,11 +126,19 @@ class Target(abc.ABC):
     extra: ClassVar[str] = ""
     fresh: ClassVar[bool] = False
     any_graph: ClassVar[bool] = True
+    remarks: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     @abc.abstractmethod
     def capabilities(cls) -> Mapping[str, Support]:
-        """What becomes of each sparsity pattern and number format, by their names."""
+        """What becomes of each sparsity pattern and number format: a value for each of ``PATTERNS`` and ``FORMATS``."""
+
+    def tolerance(self) -> float | None:
+        """What ``export`` allows where it is not told, as a fraction of the outputs' largest value; None for its own default.
+
+        For targets whose options make the runtime compute in fewer bits than the Program.
+        """
+        return None
 
     @abc.abstractmethod
     def lower(self, program: Program, folder: Path) -> Lowered:
