@@ -16,11 +16,15 @@ from graphprune.errors import LoweringError, suggest
 from graphprune.ir.program import Program
 from graphprune.ir.sites import attribute_behind, find_sites
 from graphprune.pipeline.target import Lowered, NodeValue, Run, StoredWeight, Support, Target
-from graphprune.targets.onnx_model.draft import Draft, finish, surgeon
-from graphprune.targets.onnx_model.export import export_model, inference_copy
+from graphprune.targets.onnx_model.draft import finish_parts, open_draft
+from graphprune.targets.onnx_model.export import export_parts, inference_copy
 from graphprune.targets.onnx_model.kernels import INTEGER_KERNELS, kernels
 from graphprune.targets.onnx_model.nodes import read_names, run_nodes, track_values, write_names
+from graphprune.targets.onnx_model.opsets import OLDEST, to_opset
+from graphprune.targets.onnx_model.origins import read_origins
+from graphprune.targets.onnx_model.parts import PIECE_LIMIT, location_of, write_model
 from graphprune.targets.onnx_model.passes import FORMS, run_passes
+from graphprune.targets.onnx_model.sparse_weights import store_sparse
 from graphprune.targets.onnx_model.weights import PACKED, TRANSPOSED, read_weights, stored_formats
 
 if TYPE_CHECKING:
@@ -28,7 +32,9 @@ if TYPE_CHECKING:
 
 _MODEL = "model.onnx"
 _DATA = "model.onnx.data"
-_OPSETS = range(18, 24)  # torch.onnx writes 18 and newer; conversion to older ones leaves operators behind
+_OPSETS = range(OLDEST, 27)  # onnxruntime 1.31 runs up to 26
+_EXPORTED = 18
+"""The oldest operator set that torch.onnx writes; older ones are made of it."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,14 @@ class Onnx(Target):
     """Write ONNX, and run it on onnxruntime's CPU provider.
 
     Attributes:
-        opset: ONNX operator set version, 18 to 23.
+        opset: ONNX operator set version, 13 to 26.
         form: How quantized operators are written. ``qdq``: DequantizeLinear before float operators, which onnxruntime, OpenVINO and
             TensorRT fuse to integer kernels. ``integer``: integer operators, standard ones and onnxruntime's own.
             ``float``: quantizers are left out, and weights keep the values of their integer grid.
         external_data_threshold: Bytes of weights above which they go into a file beside the model; at most 2 GB, which
             is what one ONNX file can hold.
+        sparse_storage: Store weights that are mostly zeros as ONNX sparse tensors where that is smaller (float32: from two thirds of
+            zeros on). The file gets smaller, nothing gets faster: onnxruntime makes them dense when it loads them.
     """
 
     name = "onnx"
@@ -50,16 +58,17 @@ class Onnx(Target):
 
     opset: int = 18
     form: str = "qdq"
-    external_data_threshold: int = 2_000_000_000
+    external_data_threshold: int = PIECE_LIMIT
+    sparse_storage: bool = False
 
     def __post_init__(self) -> None:
         if self.opset not in _OPSETS:
             raise LoweringError(f"opset={self.opset} is not supported; choose {_OPSETS[0]} to {_OPSETS[-1]}")
         if self.form not in FORMS:
             raise LoweringError(f"form={self.form!r} is not known{suggest(self.form, FORMS)}")
-        if not 0 <= self.external_data_threshold <= 2_000_000_000:
+        if not 0 <= self.external_data_threshold <= PIECE_LIMIT:
             raise LoweringError(
-                f"external_data_threshold={self.external_data_threshold} is not in [0, 2000000000]: a larger ONNX file "
+                f"external_data_threshold={self.external_data_threshold} is not in [0, {PIECE_LIMIT}]: a larger ONNX file "
                 f"cannot be written in one piece"
             )
 
@@ -68,7 +77,7 @@ class Onnx(Target):
         """Onnxruntime's CPU kernels: integers of 8 and 4 bits are fast, zeros are not skipped.
 
         float16 is written where the Program computes in it; the CPU provider converts it to float32 and back. It has no kernels
-        for bfloat16.
+        for bfloat16 but Cast: such weights are stored in 16 bits, and everything is computed in float32.
         """
         return {
             "unstructured": Support.STORED,
@@ -77,7 +86,7 @@ class Onnx(Target):
             "channel": Support.STORED,
             "fp32": Support.EXPLOITED,
             "fp16": Support.STORED,
-            "bf16": Support.REFUSED,
+            "bf16": Support.STORED,
             "int8": Support.EXPLOITED,
             "uint8": Support.EXPLOITED,
             "int4": Support.EXPLOITED,
@@ -91,34 +100,36 @@ class Onnx(Target):
         """Write ``model.onnx``, and ``model.onnx.data`` where the weights are large."""
         _require()
         copied = inference_copy(program, self.form != "float")
-        model = export_model(copied, self.opset)
-        draft = Draft(surgeon().import_onnx(model))
+        model, arrays = export_parts(copied, max(self.opset, _EXPORTED))
+        origins = read_origins(model)
+        draft = open_draft(model, arrays)
         tracked = track_values(draft.graph, copied)
         counts = run_passes(draft, self.form)
         outputs = tuple(item.name for item in draft.graph.outputs)
-        written = finish(draft)
+        written, arrays = finish_parts(draft)
         written.ir_version = model.ir_version
+        if self.opset != _EXPORTED:
+            written = to_opset(written, self.opset, arrays=arrays, origins=origins)
         written.producer_name = "graphprune"
         written.metadata_props.add(key=TRANSPOSED, value=json.dumps(sorted(draft.transposed)))
         written.metadata_props.add(key=PACKED, value=json.dumps(draft.packed, sort_keys=True))
         write_names(written, tracked)
         coverage = stored_formats(written, _weights(copied))
-        files = self._write(written, folder)
+        sparse = store_sparse(written, arrays) if self.sparse_storage else ()
+        files = self._write(written, arrays, folder)
+        del draft, tracked, written, arrays  # weights that passes made, before onnxruntime makes its own
         coverage |= _kernels(folder / _MODEL, coverage)
+        if self.sparse_storage:
+            coverage["sparse tensor"] = sparse
         return Lowered(files, copied.interface.names, outputs, coverage, counts)
 
-    def _write(self, model: onnx.ModelProto, folder: Path) -> tuple[str, ...]:
+    def _write(self, model: onnx.ModelProto, arrays: dict[str, np.ndarray], folder: Path) -> tuple[str, ...]:
         import onnx
 
-        size = sum(len(item.raw_data) for item in model.graph.initializer)
+        size = sum(arrays[str(location_of(item))].nbytes for item in model.graph.initializer if location_of(item))
         path = folder / _MODEL
         try:
-            if size > self.external_data_threshold:
-                onnx.save_model(model, path, save_as_external_data=True, location=_DATA, size_threshold=1024)
-                files: tuple[str, ...] = (_MODEL, _DATA)
-            else:
-                onnx.save_model(model, path)
-                files = (_MODEL,)
+            files = write_model(model, arrays, folder, (_MODEL, _DATA), beside=size > self.external_data_threshold)
             onnx.checker.check_model(str(path))
         except OSError as error:
             raise LoweringError(f"cannot write {path}: {error}; free some space or choose another folder") from error

@@ -16,7 +16,7 @@ import torch
 import graphprune as gp
 from graphprune.artifact.files import sha256, written
 from graphprune.artifact.manifest import FileEntry, Manifest
-from graphprune.artifact.verification import largest_difference
+from graphprune.artifact.verification import largest_difference, verify_afresh
 from graphprune.pipeline.target import Run
 from graphprune.targets.onnx import Onnx
 from tests.models import MODELS
@@ -163,7 +163,9 @@ def test_a_program_is_left_as_it_is(program: gp.Program, tmp_path: Path) -> None
 
 
 def test_an_artifact_is_replaced_as_a_whole(program: gp.Program, artifact: Path) -> None:
-    gp.export(program, Onnx(opset=18), artifact)
+    with pytest.raises(gp.GraphPruneError, match="overwrite=True"):
+        gp.export(program, Onnx(opset=18), artifact)
+    gp.export(program, Onnx(opset=18), artifact, overwrite=True)
     assert gp.verify(artifact).manifest.sites[0].stored == "float32"
 
 
@@ -196,7 +198,8 @@ def test_a_lowered_model_that_computes_something_else_is_refused(
         return lambda inputs: {name: value + 1 for name, value in run(inputs).items()}
 
     monkeypatch.setattr(Onnx, "open", wrong)
-    with pytest.raises(gp.VerifyError, match="parity: largest difference 1 at"):
+    monkeypatch.setattr(Onnx, "any_graph", False)  # the search for the operator has tests of its own
+    with pytest.raises(gp.VerifyError, match="the onnx export differs from the Program by 1 at"):
         gp.export(program, "onnx", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -248,3 +251,52 @@ def test_largest_difference_knows_nan_and_infinity() -> None:
     assert largest_difference({"a": np.array([1.0, 2.0, np.nan])}, {"a": value})[0] == np.inf
     with pytest.raises(gp.VerifyError, match="output a is missing"):
         largest_difference({}, {"a": value})
+
+
+def test_an_edited_manifest_is_refused(artifact: Path) -> None:
+    path = artifact / "manifest.json"
+    path.write_text(path.read_text().replace('"tolerance"', '"tolerance" ').replace("insert-masks{", "insert-masks{ "))
+    with pytest.raises(gp.VerifyError, match="it was edited after it was written"):
+        gp.verify(artifact)
+
+
+def test_another_tolerance_in_the_manifest_is_refused(artifact: Path) -> None:
+    path = artifact / "manifest.json"
+    content = json.loads(path.read_text())
+    content["parity"]["tolerance"] = 1e9
+    path.write_text(json.dumps(content))
+    with pytest.raises(gp.VerifyError, match="edited"):
+        gp.verify(artifact)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../b", "..\\b"])
+def test_a_path_that_escapes_the_folder_is_refused(artifact: Path, name: str) -> None:
+    manifest = Manifest.read(artifact)
+    escaping = FileEntry(name=name, bytes=1, sha256="0" * 64)
+    manifest.model_copy(update={"files": [*manifest.files, escaping]}).write(artifact)
+    with pytest.raises(gp.VerifyError, match="lies outside of the artifact"):
+        gp.verify(artifact)
+
+
+def test_a_link_out_of_the_folder_is_named(artifact: Path, tmp_path: Path) -> None:
+    (artifact / "config.json").rename(tmp_path / "config.json")
+    (artifact / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(gp.VerifyError, match=r"config\.json is a link to a place outside"):
+        gp.verify(artifact)
+
+
+def test_files_of_another_artifact_are_named(artifact: Path, program: gp.Program, tmp_path: Path) -> None:
+    other = gp.export(program, "onnx", tmp_path / "other").folder
+    shutil.copy(other / "model.onnx", artifact / "model.onnx")
+    shutil.copy(other / "sample-inputs" / "inp_0001.npz", artifact / "inp_0001.npz")
+    with pytest.raises(
+        gp.VerifyError, match=r"model\.onnx was changed; inp_0001\.npz is not in the manifest, perhaps a file"
+    ):
+        gp.verify(artifact)
+
+
+def test_an_artifact_is_verified_in_a_new_process_too(artifact: Path) -> None:
+    verify_afresh(artifact)
+    (artifact / "config.json").write_text("{}")
+    with pytest.raises(gp.VerifyError, match=r"in a new process: .*config\.json was changed"):
+        verify_afresh(artifact)

@@ -15,6 +15,7 @@ from graphprune.targets.onnx_model import quantized_moves as moves
 from graphprune.targets.onnx_model import weight_blocks as blocks
 from graphprune.targets.onnx_model import weight_folds as fold
 from graphprune.targets.onnx_model import weight_lookups as lookup
+from graphprune.targets.onnx_model.bfloat16 import widen_bfloat16
 from graphprune.targets.onnx_model.passes import FORMS, name_of
 from tests.onnx_graphs import Case, integers, random, rewrite, run, steps, text_of
 
@@ -227,7 +228,11 @@ CASES = (
         tolerance=1e-5,
     ),
 )
-_ELSEWHERE = {fold.clip_reduced_ranges, blocks.check_formats}  # in test_onnx_formats.py
+_ELSEWHERE = {
+    fold.clip_reduced_ranges,
+    blocks.check_formats,
+    widen_bfloat16,
+}  # in test_onnx_formats.py and test_target_onnx.py
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from torch import fx
@@ -22,9 +23,20 @@ def origin(node: fx.Node) -> str:
         is not torch's own; what the trace does not know is left out.
     """
     modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    return described(str(node.target), modules, node.meta.get("stack_trace") or "")
+
+
+def described(operator: str, modules: Sequence[str], stack_trace: str) -> str:
+    """What ``origin`` says, from its parts.
+
+    Args:
+        operator: Name of an operator.
+        modules: Names of the modules around it, the innermost last.
+        stack_trace: As Python prints one, or empty.
+    """
+    frames = list(_FRAME.finditer(stack_trace))
     own = [frame for frame in frames if not _LIBRARY.search(frame["file"])] or frames
-    text = str(node.target)
+    text = operator
     if modules:
         text += f" in {modules[-1]}"
     if own:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from graphprune.targets.onnx_model.parts import embed, location_of, placeholder
 
 if TYPE_CHECKING:
     import onnx
@@ -143,16 +146,48 @@ def absent() -> Any:
     return surgeon().Variable.empty()
 
 
+def open_draft(model: onnx.ModelProto, arrays: Mapping[str, np.ndarray]) -> Draft:
+    """A draft of a model whose weights lie beside it; see ``parts``. Passes replace its arrays and write in none of them."""
+    places = {item.name: location_of(item) for item in model.graph.initializer}
+    with _quiet():
+        graph = surgeon().import_onnx(model)
+    for value in graph.tensors().values():
+        location = places.get(value.name)
+        if location is not None:
+            value.values, value.data_location = arrays[location], None
+    return Draft(graph)
+
+
 def finish(draft: Draft) -> onnx.ModelProto:
     """Write a draft as a model; numbers of four bits two a byte."""
-    import onnx.numpy_helper
-
-    lazy: Any = importlib.import_module("onnx_graphsurgeon.ir.tensor").LazyValues
-    for value in draft.graph.tensors().values():
-        if is_constant(value) and value.values.dtype.name in ("int4", "uint4"):
-            value.values = lazy(onnx.numpy_helper.from_array(value.values, value.name))
-    model: onnx.ModelProto = surgeon().export_onnx(draft.graph, do_type_check=False)
+    model, arrays = finish_parts(draft)
+    embed(model, arrays)
     return model
+
+
+def finish_parts(draft: Draft) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Write a draft as a model and the contents of its initializers beside it; numbers of four bits two a byte."""
+    lazy: Any = importlib.import_module("onnx_graphsurgeon.ir.tensor").LazyValues
+    arrays: dict[str, np.ndarray] = {}
+    for value in draft.graph.tensors().values():
+        if is_constant(value):
+            proto, packed = placeholder(value.name, value.values, str(len(arrays)))
+            arrays[str(len(arrays))] = packed
+            value.values, value.data_location = lazy(proto), None
+    with _quiet():
+        model: onnx.ModelProto = surgeon().export_onnx(draft.graph, do_type_check=False)
+    return model, arrays
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence graphsurgeon's notes on types that numpy does not have; they are kept as they are."""
+    logger: Any = importlib.import_module("onnx_graphsurgeon.logger").G_LOGGER
+    before, logger.severity = logger.severity, logger.ERROR
+    try:
+        yield
+    finally:
+        logger.severity = before
 
 
 def producer(value: Any) -> Any:

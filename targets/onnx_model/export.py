@@ -22,8 +22,11 @@ from graphprune.errors import LoweringError
 from graphprune.ir import ops
 from graphprune.ir.interface import is_label
 from graphprune.ir.program import Program
+from graphprune.targets.onnx_model.origins import explain, origins_of, write_origins
+from graphprune.targets.onnx_model.parts import embed, take_apart
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
 
 aten = torch.ops.aten
@@ -50,22 +53,18 @@ QUANTIZED = {
 def inference_copy(program: Program, quantized: bool) -> Program:
     """A copy in eval mode without the loss, and without quantizers where ``quantized`` is False.
 
+    Its parameters and buffers are those of the Program, so that large weights are not held twice.
+
     Raises:
-        LoweringError: A mask or an observer is left, because the passes of ``Onnx.legalize`` did not run; or something is
-            computed in bfloat16.
+        LoweringError: A mask or an observer is left, because the passes of ``Onnx.legalize`` did not run.
     """
-    program = copy.deepcopy(program).eval()
+    shared: dict[int, Any] = {id(item): item for item in (*program.parameters(), *program.buffers())}
+    program = copy.deepcopy(program, shared).eval()
     labels = frozenset(name for name in program.interface.names if is_label(name))
     if labels:
         program.drop_inputs(labels)
     for node in program.calls(ops.mask, ops.observe, ops.gate):
         raise LoweringError(f"{node.target} is left in the graph at {node.name}; run fold-masks and freeze-quant first")
-    for node in program.graph.nodes:
-        if getattr(node.meta.get("val"), "dtype", None) == torch.bfloat16:
-            raise LoweringError(
-                f"{node.name} is bfloat16, for which onnxruntime's CPU provider has no kernels; use cast-mixed{{dtype=float16}}, or "
-                f"leave cast-mixed out"
-            )
     for node in program.calls(ops.fake_quantize, ops.dynamic_fake_quantize):
         if not quantized:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
@@ -80,6 +79,13 @@ def inference_copy(program: Program, quantized: bool) -> Program:
 
 
 def export_model(program: Program, opset: int) -> onnx.ModelProto:
+    """Export an inference copy, its weights in the model; see ``export_parts``."""
+    model, arrays = export_parts(program, opset)
+    embed(model, arrays)
+    return model
+
+
+def export_parts(program: Program, opset: int) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """Export an inference copy.
 
     Args:
@@ -87,10 +93,12 @@ def export_model(program: Program, opset: int) -> onnx.ModelProto:
         opset: ONNX operator set version, 18 or newer.
 
     Returns:
-        The model with parameters under their own names, untransposed; inputs, outputs and sizes are named for the user.
+        The model with parameters under their own names, untransposed; inputs, outputs and sizes are named for the user. And the
+        contents of its initializers by the location that each gives: read-only, the Program's own memory where they are its weights.
 
     Raises:
-        LoweringError: ``torch.onnx`` has no translation for some operator, or none in this opset.
+        LoweringError: ``torch.onnx`` has no translation for some operator, or none in this opset; names the operator, its module and
+            source line.
     """
     translations = importlib.import_module("graphprune.targets.onnx_model.operators").TRANSLATIONS
     with torch.no_grad(), _quiet():
@@ -108,15 +116,15 @@ def export_model(program: Program, opset: int) -> onnx.ModelProto:
                 opset_version=opset,
                 custom_translation_table=dict(translations),
             )
-            model = _optimize(written.model)
+            model, arrays = _optimize(written.model)
         except Exception as error:  # the exporters raise whatever their stages raise
-            raise LoweringError(_explain(program, error)) from error
+            raise LoweringError(explain(program, error)) from error
     found = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
     if found != opset:
         raise LoweringError(f"{program.name} has no form in ONNX opset {opset}, only in {found}; set opset={found}")
     _name_tied_weights(model, program)
     name_interface(model, program)
-    return model
+    return model, arrays
 
 
 def example_inputs(program: Program) -> tuple[Tensor, ...]:
@@ -230,9 +238,8 @@ def _make_views_reshapes(module: torch.fx.GraphModule) -> None:
     module.recompile()
 
 
-def _optimize(model: Any) -> onnx.ModelProto:
+def _optimize(model: Any) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """Fold constants and sizes, keep parameters whole and apart."""
-    import onnx_ir
     import onnxscript.optimizer
     import onnxscript.rewriter
 
@@ -264,8 +271,11 @@ def _optimize(model: Any) -> onnx.ModelProto:
     common.RemoveUnusedOpsetsPass()(model)
     common.OutputFixPass()(model)
     common.NameFixPass()(model)
+    places = origins_of(model)
     common.ClearMetadataAndDocStringPass()(model)
-    return onnx_ir.to_proto(model)  # type: ignore[no-any-return]
+    proto, arrays = take_apart(model)
+    write_origins(proto, places)
+    return proto, arrays
 
 
 def _merge_constants(model: Any, parameters: frozenset[str]) -> None:
@@ -279,18 +289,6 @@ def _merge_constants(model: Any, parameters: frozenset[str]) -> None:
         if known is not value and not value.is_graph_output():
             value.replace_all_uses_with(known)
             del model.graph.initializers[name]
-
-
-def _explain(program: Program, error: Exception) -> str:
-    root: BaseException = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    lines = [line for line in str(root).strip().splitlines() if line.strip()]
-    first = lines[0] if lines else ""
-    return (
-        f"{program.name} cannot be written as ONNX. {type(root).__name__}: {first}. Print the Program to find the "
-        f"operator; one without an ONNX form has to be rewritten in the model or by a pass before lowering"
-    )
 
 
 @contextmanager

@@ -35,9 +35,10 @@ def kernels(path: Path) -> dict[str, str]:
     """
     import onnx
 
-    names = {
-        item.name for item in onnx.load(str(path), load_external_data=False).graph.initializer if len(item.dims) > 1
-    }
+    graph = onnx.load(str(path), load_external_data=False).graph
+    names = {item.name for item in graph.initializer if len(item.dims) > 1}
+    names |= {item.values.name for item in graph.sparse_initializer}
+    del graph
     with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
         optimized = _optimize(path, Path(folder))
     users: dict[str, list[Any]] = {}
@@ -45,11 +46,13 @@ def kernels(path: Path) -> dict[str, str]:
         for name in node.input:
             users.setdefault(name, []).append(node)
     found: dict[str, str] = {}
-    for item in optimized.graph.initializer:
-        source = _source(item.name, names)
+    present = [item.name for item in optimized.graph.initializer]
+    present += [item.values.name for item in optimized.graph.sparse_initializer]
+    for name in present:
+        source = _source(name, names)
         if source is None:
             continue
-        for kind in _ends(item.name, users):
+        for kind in _ends(name, users):
             if source not in found or _weight(kind) > _weight(found[source]):
                 found[source] = kind
     return found

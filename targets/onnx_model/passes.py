@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from graphprune.targets.onnx_model.bfloat16 import widen_bfloat16
 from graphprune.targets.onnx_model.cleanup import (
     compose_transposes,
     divide_by_roots,
@@ -49,6 +50,7 @@ _STORED: tuple[GraphPass, ...] = (
     look_up_integers,
     look_up_blocks,
     fold_weight_transposes,
+    widen_bfloat16,
 )
 _PLACED: tuple[GraphPass, ...] = (
     share_quantize,
@@ -75,7 +77,10 @@ FORMS: Mapping[str, tuple[GraphPass, ...]] = MappingProxyType({
         *_STORED, *_PLACED, split_all_gemms, split_gemms, pack_products, pack_weight_only, *_DYNAMIC, quantize_biases, *_INTEGER, *_SPELLED,
         check_formats,
     ),
-    "float": (remove_identities, fold_weight_casts, fold_weight_transposes, compose_transposes, write_residuals_as_sums, divide_by_roots),
+    "float": (
+        remove_identities, fold_weight_casts, fold_weight_transposes, widen_bfloat16, compose_transposes, write_residuals_as_sums,
+        divide_by_roots,
+    ),
 })  # fmt: skip
 """Passes by form of the file, in the order in which they run."""
 

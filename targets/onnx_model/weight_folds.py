@@ -213,6 +213,8 @@ def _transpose(value: Any, perm: list[int]) -> None:
     """Transpose the initializer behind a value, and what its DequantizeLinear says of it."""
     weight, found = weight_of(value), quantized(value)
     weight.values = np.ascontiguousarray(np.transpose(weight.values, perm))
+    if value is not weight and value.shape is not None:
+        value.shape = [value.shape[index] for index in perm]
     if found is None or not found.scale.values.ndim:
         return
     found.node.attrs["axis"] = perm.index(found.axis)

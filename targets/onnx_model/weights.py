@@ -13,6 +13,7 @@ import torch
 from graphprune.errors import LoweringError
 from graphprune.pipeline.target import StoredWeight
 from graphprune.sparsity.layout import Layout, to_logical
+from graphprune.targets.onnx_model.sparse_weights import to_dense
 from graphprune.targets.onnx_model.weight_blocks import unpack
 
 if TYPE_CHECKING:
@@ -42,28 +43,31 @@ def read_weights(path: Path, layouts: Mapping[str, str]) -> dict[str, StoredWeig
     from onnx import numpy_helper
 
     try:
-        model = onnx.load(str(path))
+        model = onnx.load(str(path), load_external_data=False)
     except (OSError, ValueError) as error:
         raise LoweringError(f"cannot read {path}: {error}; lower the Program again") from error
     metadata = {item.key: item.value for item in model.metadata_props}
     transposed = set(json.loads(metadata.get(TRANSPOSED, "[]")))
     packed = json.loads(metadata.get(PACKED, "{}"))
     tensors = {item.name: item for item in model.graph.initializer}
+    sparse = {item.values.name: item for item in model.graph.sparse_initializer}
+
+    def array(name: str) -> np.ndarray:
+        if name in sparse:
+            return to_dense(sparse[name])
+        return numpy_helper.to_array(tensors[name], base_dir=str(path.parent))
 
     def values_of(name: str) -> np.ndarray:
-        values = numpy_helper.to_array(tensors[name])
+        values = array(name)
         return values.T if name.removesuffix("_scale").removesuffix("_zero_point") in transposed else values
 
     found: dict[str, StoredWeight] = {}
     for name, layout in layouts.items():
-        if name not in tensors:
+        if name not in tensors and name not in sparse:
             continue
         if name in packed:
-            zero_point = (
-                numpy_helper.to_array(tensors[f"{name}_zero_point"]) if f"{name}_zero_point" in tensors else None
-            )
-            scale = numpy_helper.to_array(tensors[f"{name}_scale"])
-            found[name] = _unpacked(packed[name], numpy_helper.to_array(tensors[name]), scale, zero_point)
+            zero_point = array(f"{name}_zero_point") if f"{name}_zero_point" in tensors else None
+            found[name] = _unpacked(packed[name], array(name), array(f"{name}_scale"), zero_point)
             continue
         values = values_of(name)
         kind = values.dtype
