@@ -122,6 +122,8 @@ class Request:
             weights=_weight_scheme("embeddings", tables),
             on=kinds["embedding"].on or self.embeddings is not None,
         )
+        if base.products is not None and self.activations is None:
+            kinds["matmul"] = replace(kinds["matmul"], activations=str(base.products))
         return kinds
 
     def written_range(self) -> bool | None:

@@ -30,6 +30,7 @@ class Preset:
             them; else only inputs of the operators are.
         operators: Which operators are quantized, out of ``OPERATORS``.
         reduce_without_vnni: Whether ``preset`` takes one bit off the weights for CPUs without VNNI.
+        products: Scheme of the operands of products of two activations; None: as ``activations``.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Preset:
     outputs: bool
     operators: frozenset[str]
     reduce_without_vnni: bool = False
+    products: Scheme | None = None
 
 
 _INT8_TENSOR = Scheme(QuantDtype.INT8, symmetric=True)
@@ -113,8 +115,10 @@ OPENVINO = Preset(
     weight_observer="min-max",
     outputs=False,
     operators=frozenset({"linear", "conv", "embedding", "matmul", "add"}),
+    products=_INT8_TENSOR,
 )
-"""OpenVINO: as the "mixed" preset of NNCF: symmetric weights with a scale a channel, asymmetric activations. NNCF
+"""OpenVINO: as the "mixed" preset of NNCF: symmetric weights with a scale a channel, asymmetric activations, but symmetric ones for
+products of attention, which its CPU plugin computes as integers only where there are no zero-points. NNCF
 averages the smallest and largest values over the samples; the moving average comes next to it.
 Source: OpenVINO documentation, "Basic quantization flow".
 """
@@ -131,8 +135,10 @@ def has_vnni() -> bool:
     What ``torch.cpu.get_capabilities`` tells; False where it cannot tell. Never raises.
     """
     try:
+        if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.8 knows x86 only, and by another name
+            return bool(torch.cpu._is_vnni_supported())
         found = torch.cpu.get_capabilities()
-    except (AttributeError, RuntimeError):  # an older torch, or a CPU that it cannot ask
+    except (AttributeError, RuntimeError):  # a CPU that it cannot ask
         return False
     if str(found.get("architecture", "")).lower() in ("arm64", "aarch64"):
         return True

@@ -1,0 +1,1 @@
+"""What the OpenVINO target is made of."""
