@@ -1,0 +1,1 @@
+"""What the DeepSparse target adds to the ONNX passes."""
