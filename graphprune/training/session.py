@@ -15,6 +15,7 @@ from graphprune.errors import SparsityError
 from graphprune.ir.masking import MaskedSite, masked_sites, reached, rules_of, sparsity_of
 from graphprune.ir.quantizing import quantizers
 from graphprune.ir.sharding import differing, whole
+from graphprune.ir.training_log import format_log, parse_log
 from graphprune.training.attaching import refuse_second, unwrap, weak_hook
 from graphprune.training.freezing_times import FreezingTimes
 from graphprune.training.randomness import random_state, set_random_state
@@ -51,7 +52,8 @@ class Session:
         steps_per_epoch: Optimizer steps of an epoch, where some time is in epochs.
         sampler: Where criteria such as ``obs`` draw their gradients from.
         log: File for one JSON object a step (``step``, ``sparsity``, ``loss``), appended to. ``loss`` is that of the
-            Program's own output (not under ``torch.compile``), or what ``record`` was given.
+            Program's own output (not under ``torch.compile``), or what ``record`` was given. The Program keeps them too, thinned,
+            as ``training_log``, which is saved and exported with it.
 
     Attributes:
         step: Optimizer steps taken.
@@ -89,6 +91,7 @@ class Session:
                 "the Program has no masks for a session to drive, and no quantizers; run insert-masks or insert-fake-quant first"
             )
         refuse_second(self.program)
+        self.program.training_log.begin()
         self._watched = self._check_ownership(sites)
         self._rules = {
             rule: Rule(self.program, members, self.optimizer, total_steps, steps_per_epoch)
@@ -205,6 +208,7 @@ class Session:
             "rules": {number: rule.state_dict() for number, rule in self._rules.items()},
             "freezing": self._freezing.state_dict(),
             "sampler": self.sampler.state_dict() if self.sampler is not None else None,
+            "log": format_log(self.program.training_log.points),
             "random": random_state(),
         }
 
@@ -241,6 +245,8 @@ class Session:
         self.step, self.skipped = int(state["step"]), int(state["skipped"])
         if self.log is not None:
             self.log.trim(self.step)
+        if state.get("log"):  # states of older versions have none
+            self.program.training_log.replace(parse_log(state["log"]))
         self._zero()
         self._version = self._weight_version()
         if random:
@@ -363,6 +369,7 @@ class Session:
         self._version, self._strays = self._weight_version(), 0
         if self.log is not None:
             self.log.write(self.step, self.sparsity, self._loss)
+        self.program.training_log.write(self.step, self.sparsity, self._loss)
         self.step += 1
         self._freezing.act(self.step)
         if self.step == self.total_steps:
