@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow lint types floors bench bench-inc clean
+.PHONY: setup demo test test-slow test-deepsparse test-ipex lint types floors bench bench-inc clean
 
 setup: $(VENV)/.ready
 
@@ -13,7 +13,7 @@ $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("graphprune needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another with make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "torch>=2.8,<2.14"
-	$(BIN)/pip install --quiet --editable ".[onnx,demo,test,dev]"
+	$(BIN)/pip install --quiet --editable ".[onnx,openvino,demo,test,dev]"
 	@touch $@
 
 demo: setup
@@ -24,6 +24,16 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -m slow
+
+test-deepsparse: setup
+	python=$$($(BIN)/python tools/environment.py deepsparse) && \
+	GRAPHPRUNE_DEEPSPARSE_PYTHON=$$python $(BIN)/pytest -m deepsparse --numprocesses 2 tests/test_target_deepsparse.py
+
+# Programs are saved with the torch of the main environment and lowered with that of IPEX.
+test-ipex: setup
+	python=$$($(BIN)/python tools/environment.py ipex) && folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(BIN)/python -m tests.ipex_programs "$$folder" && \
+	GRAPHPRUNE_IPEX_PROGRAMS=$$folder "$$(dirname "$$python")/pytest" -m ipex --numprocesses 2 tests/test_target_ipex.py
 
 lint: setup
 	$(BIN)/ruff check .

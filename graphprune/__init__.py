@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from graphprune import training
+    from graphprune.artifact.benchmark import benchmark
     from graphprune.artifact.checkpoint import load_program as load
     from graphprune.artifact.checkpoint import save_program as save
+    from graphprune.artifact.comparison import Benchmark
     from graphprune.artifact.export import export
     from graphprune.artifact.inspection import inspect
     from graphprune.artifact.sensitivity import Sensitivity
@@ -44,10 +46,12 @@ if TYPE_CHECKING:
     from graphprune.pipeline.recipe import Recipe
     from graphprune.pipeline.target import Target
     from graphprune.pipeline.transform import transform
+    from graphprune.reporting.report import report
 
     __version__: str
 
 __all__ = [
+    "Benchmark",
     "DataPass",
     "GraphPruneError",
     "LoweringError",
@@ -64,9 +68,11 @@ __all__ = [
     "Tuning",
     "VerifyError",
     "__version__",
+    "benchmark",
     "export",
     "inspect",
     "load",
+    "report",
     "save",
     "sensitivity",
     "trace",
@@ -77,6 +83,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Benchmark": "graphprune.artifact.comparison",
     "DataPass": "graphprune.pipeline.base",
     "GraphPruneError": "graphprune.errors",
     "LoweringError": "graphprune.errors",
@@ -92,9 +99,11 @@ _HOMES = {
     "TraceError": "graphprune.errors",
     "Tuning": "graphprune.artifact.tuning",
     "VerifyError": "graphprune.errors",
+    "benchmark": "graphprune.artifact.benchmark",
     "export": "graphprune.artifact.export",
     "inspect": "graphprune.artifact.inspection",
     "load": "graphprune.artifact.checkpoint:load_program",
+    "report": "graphprune.reporting.report",
     "save": "graphprune.artifact.checkpoint:save_program",
     "sensitivity": "graphprune.artifact.sweep",
     "trace": "graphprune.ir.trace",

@@ -1,4 +1,4 @@
-"""The command line: ``graphprune inspect | sensitivity | tune | prune | transform | export | verify | passes | targets | demo``.
+"""The command line: ``graphprune COMMAND``, each command a function here or in ``graphprune.commands``.
 
 Results go to standard output, everything else to standard error. Exit code 0: done; 2: an error that is explained in
 one message; 3: ``tune`` did not meet its goal; 130: interrupted. Imports of torch wait until a command needs them, so that
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from graphprune.commands.arguments import assignments, example_inputs
+from graphprune.commands.arguments import assignments, example_inputs, numbers
+from graphprune.commands.bench import bench
 from graphprune.commands.console import (
     AsJson,
     Exclude,
@@ -35,6 +36,7 @@ from graphprune.commands.console import (
 )
 from graphprune.commands.data import BatchSize, Data, Length, Samples, Seed, calibration_batches
 from graphprune.commands.prune import prune
+from graphprune.commands.report import report
 from graphprune.commands.sensitivity import sensitivity
 from graphprune.commands.tune import tune
 from graphprune.commands.verify import verify
@@ -117,6 +119,10 @@ def inspect(
     exclude: Exclude = None,
     op: Operators = None,
     include_last: IncludeLast = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Say what this target makes of each pattern. Repeatable, a column each."),
+    ] = None,
     input_: Inputs = None,
     as_json: AsJson = False,
 ) -> None:
@@ -125,6 +131,7 @@ def inspect(
     [bold]Examples[/]
 
       graphprune inspect ./my-bert --exclude '*.attention.*'
+      graphprune inspect ./my-bert --target onnx --target deepsparse
       graphprune inspect ./llama-70b/config.json --json    (a config is enough: no weights are needed)
       graphprune inspect my_package.models:build --input x=4x16
     """
@@ -139,6 +146,7 @@ def inspect(
             exclude=exclude or (),
             ops=op or (),
             include_last=include_last,
+            targets=target or (),
         )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
@@ -244,6 +252,10 @@ def export(
             help="Record what the Program computes inside, for graphprune verify --per-node.",
         ),
     ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="What you measured of the model, for the manifest. Repeatable."),
+    ] = None,
 ) -> None:
     """Lower a saved Program to a target, and verify what was written against the Program.
 
@@ -252,6 +264,7 @@ def export(
       graphprune export pruned/ --target onnx -o artifact/ --option opset=18
     """
     with quiet_stdout():
+        from graphprune.artifact.advice import advise
         from graphprune.artifact.checkpoint import load_program
         from graphprune.artifact.export import export as run_export
         from graphprune.artifact.models import search_current_directory
@@ -259,7 +272,12 @@ def export(
 
         goal = make_target(target, assignments(option, "--option"), "target")
         search_current_directory()  # the saved Program may name a factory there
-        artifact = run_export(load_program(program), goal, out, overwrite=force, per_node=per_node, fresh=True)
+        loaded = load_program(program)
+        for text in advise(loaded, goal):
+            note(text)
+        artifact = run_export(
+            loaded, goal, out, overwrite=force, per_node=per_node, fresh=True, metrics=numbers(metric, "--metric")
+        )
     manifest = artifact.manifest
     parity = manifest.parity
     size = sum(item.bytes for item in manifest.files)
@@ -270,6 +288,8 @@ def export(
 
 
 app.command()(verify)
+app.command()(bench)
+app.command()(report)
 
 
 @app.command()
@@ -281,11 +301,14 @@ def passes() -> None:
 
 
 @app.command()
-def targets() -> None:
+def targets(as_json: AsJson = False) -> None:
     """List the installed targets, what each does with sparsity and number formats, and its libraries."""
-    from graphprune.commands.tables import targets_table
+    from graphprune.commands.tables import describe_targets, targets_table
 
-    show(targets_table())
+    if as_json:
+        typer.echo(json.dumps(describe_targets(), indent=2))
+    else:
+        show(targets_table())
 
 
 @app.command()

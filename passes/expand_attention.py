@@ -34,7 +34,8 @@ class ExpandAttention(Pass):
             node.replace_all_uses_with(result)
             program.graph.erase_node(node)
             expanded.append(node.name)
-        program.graph.eliminate_dead_code()
+        if expanded:
+            program.graph.eliminate_dead_code()
         return PassResult(program, bool(expanded), {"expanded": len(expanded)}, Coverage(tuple(expanded)))
 
 

@@ -30,7 +30,7 @@ for line in sys.stdin:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The modules of the benchmarks; they are imported as ``tools/bench.py`` does."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    names = ("measuring", "training", "memory", "passes", "inc")
+    names = ("measuring", "training", "memory", "passes", "inc", "ipex")
     yield SimpleNamespace(
         command=importlib.import_module("bench"),
         environment=importlib.import_module("environment"),
@@ -129,6 +129,21 @@ def test_what_is_not_installed_is_left_out(
     output = capsys.readouterr()
     assert "make bench-inc" in json.loads(output.out)["left_out"]["inc"]
     assert "make bench-inc" in output.err
+
+
+def test_ipex_runs_what_is_saved_here(bench: Any, setting: Any, tmp_path: Path) -> None:
+    ready = {"runs": ["dynamic", "eager", "fp32", "int8"], "versions": {"fake": "1"}}
+    path = tmp_path / "worker.py"
+    looks = """
+import json, os, sys
+folder = sys.argv[sys.argv.index("--folder") + 1]
+assert sorted(os.listdir(folder)) == ["dynamic", "fp32", "int8"], os.listdir(folder)
+"""
+    path.write_text(looks + FAKE.format(ready=ready, noise="", fails=""), encoding="utf-8")
+    measures = list(bench.ipex.compare(setting, [sys.executable, str(path)]))
+    assert [(item.ratio, item.goal) for item in measures] == [(1.0, ">= 3.5"), (1.0, ">= 1"), (1.0, ">= 1")]
+    assert "fake 1" in measures[0].detail
+    assert bench.ipex.WORKER.exists()
 
 
 def test_the_worker_of_neural_compressor_is_found(bench: Any) -> None:

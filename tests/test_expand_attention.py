@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import graphprune as gp
 from graphprune.ir.quantizable import find_quantizable
 from graphprune.ir.trace import trace
 from graphprune.passes import ExpandAttention
@@ -113,3 +114,8 @@ def test_products_can_be_quantized_afterwards() -> None:
 
 def test_text_reads_back() -> None:
     assert Recipe.of("expand-attention").passes == (ExpandAttention(),)
+
+
+def test_a_model_without_attention_is_left_as_it_is() -> None:
+    program = gp.transform(MODELS["resnet"]().eval(), [])
+    assert str(gp.transform(program, "expand-attention")) == str(program)

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+_PACKED = (".py", "py.typed", ".j2", ".css", ".js")
 MOVED = {"passes": "graphprune/passes", "targets": "graphprune/targets"}
 
 
 def _tracked() -> set[str]:
-    """Python files that git knows or would add, under the names that they have in the wheel."""
+    """Files of the package that git knows or would add, under the names that they have in the wheel."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "graphprune", *MOVED]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    paths = [Path(line) for line in listed.stdout.splitlines() if line.endswith((".py", "py.typed"))]
+    paths = [Path(line) for line in listed.stdout.splitlines() if line.endswith(_PACKED)]
     return {
         str(Path(MOVED.get(path.parts[0], path.parts[0]), *path.parts[1:])) for path in paths if (ROOT / path).exists()
     }
@@ -40,7 +41,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def test_the_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
-    packed = {name for name in wheel.namelist() if name.endswith((".py", "py.typed"))}
+    packed = {name for name in wheel.namelist() if name.endswith(_PACKED)}
     assert packed == _tracked()
 
 

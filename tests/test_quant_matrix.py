@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,17 @@ def check(program: gp.Program, pattern: str, way: str, folder: Path) -> None:
         assert manifest.sparsity() == pytest.approx(SPARSITY[pattern], abs=0.03)
 
 
-@pytest.mark.parametrize("pattern", SPARSITY)
-@pytest.mark.parametrize("way", ["dynamic", "static", "QAT"])
-@pytest.mark.parametrize("name", KINDS)
+_WAYS = ("dynamic", "static", "QAT")
+_EVERY = tuple(itertools.product(enumerate(KINDS), enumerate(_WAYS), enumerate(SPARSITY)))
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "pattern"),
+    [
+        pytest.param(name, way, pattern, marks=() if (row + column + depth) % len(_WAYS) == 0 else pytest.mark.slow)
+        for (row, name), (column, way), (depth, pattern) in _EVERY
+    ],
+)  # each pair of a model, a way and a pattern is in the default suite, all three together where slow tests run
 def test_every_combination(name: str, way: str, pattern: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the ONNX target needs the extra onnx")
     program = traced(name)

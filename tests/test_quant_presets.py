@@ -28,6 +28,8 @@ def test_what_the_runtimes_need():
     assert PRESETS["deepsparse"].embeddings == ACTIVATION_UINT8
     assert [name for name, found in PRESETS.items() if found.outputs] == ["onnxruntime"]
     assert {name for name, found in PRESETS.items() if "matmul" in found.operators} == {"deepsparse", "openvino"}
+    assert [name for name, found in PRESETS.items() if found.products is not None] == ["openvino"]
+    assert str(PRESETS["openvino"].products) == "int8:symmetric:tensor"
 
 
 def test_weights_are_reduced_where_vnni_is_missing():
@@ -65,4 +67,11 @@ def test_has_vnni_never_raises(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", broken, raising=False)
     assert has_vnni() is False
     monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", broken, raising=False)
     assert has_vnni() is False
+
+
+def test_has_vnni_asks_an_older_torch_by_another_name(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True, raising=False)
+    assert has_vnni() is True

@@ -1,11 +1,12 @@
 """Measure graphprune's speed and memory goals as ratios of interleaved runs, with medians.
 
     python tools/bench.py                     # all, on BERT-base; about 20 minutes on 2 cores
-    python tools/bench.py --only passes       # one of: passes, step, update, large, memory, int8, calibration, inc
+    python tools/bench.py --only passes       # one of: passes, step, update, large, memory, int8, calibration, inc, ipex, openvino
     python tools/bench.py --layers 2          # a smaller BERT, to try it
 
 A ratio is the median of its numerator over the median of its denominator, both measured in turn. ``inc`` compares with Intel
 Neural Compressor 2.6, which `make bench-inc` installs into an environment of its own; without it the rest is measured.
+``openvino`` compares with NNCF, whose environment `python tools/environment.py --bare nncf` makes.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import typer
 from benchmarks.inc import bench_inc
+from benchmarks.ipex import bench_ipex
 from benchmarks.measuring import Measure, Setting, Unavailable
 from benchmarks.memory import bench_memory
+from benchmarks.openvino import bench_openvino
 from benchmarks.passes import bench_passes
 from benchmarks.quantization import bench_calibration, bench_int8
 from benchmarks.training import bench_large, bench_step, bench_update
@@ -41,6 +44,8 @@ BENCHES: Mapping[str, Callable[[Setting], Iterator[Measure]]] = {
     "int8": bench_int8,
     "calibration": bench_calibration,
     "inc": bench_inc,
+    "ipex": bench_ipex,
+    "openvino": bench_openvino,
 }
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,16 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from graphprune.artifact.companions import config_text, copy_companions, remember_folder
 from graphprune.artifact.files import PROGRAM, written_folder
+from graphprune.artifact.training_file import read_training, write_training
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.ir.interface import Fill
 from graphprune.ir.masking import check_patterns
 from graphprune.ir.program import Program, Source
+from graphprune.ir.source_model import build_source, resolve
 from graphprune.ir.trace import trace
+from graphprune.ir.training_log import TrainingLog
 from graphprune.pipeline.manager import PassManager
 from graphprune.pipeline.recipe import Recipe
 
@@ -28,7 +32,11 @@ _CONFIG = "config.json"
 
 
 def save_program(program: Program, folder: Path | str, *, overwrite: bool = False) -> Path:
-    """Write a Program to a folder: ``program.json``, ``model.safetensors`` and, where the source has one, ``config.json``.
+    """Write a Program to a folder: ``program.json``, ``model.safetensors`` and, where there is one, ``config.json``.
+
+    Tokenizer and image processor of the model's own folder are copied too.
+
+    What sessions logged of its training is in ``training.jsonl``.
 
     Args:
         program: Any Program.
@@ -43,6 +51,7 @@ def save_program(program: Program, folder: Path | str, *, overwrite: bool = Fals
     """
     record = {
         "format": _FORMAT,
+        "transformers": version("transformers"),
         "source": asdict(program.source),
         "fills": {item.name: asdict(item.fill) for item in program.interface.inputs if item.fill is not None},
         "dynamic": {
@@ -61,8 +70,10 @@ def save_program(program: Program, folder: Path | str, *, overwrite: bool = Fals
         (temporary / PROGRAM).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         state = {name: value.detach().cpu().contiguous() for name, value in program.state_dict().items()}
         safetensors.torch.save_file(state, temporary / _WEIGHTS, metadata={"format": "pt"})
+        write_training(temporary, program.training_log)
         if config is not None:
-            (temporary / _CONFIG).write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+            (temporary / _CONFIG).write_text(config_text(config, whole=True), encoding="utf-8")
+        copy_companions(program, temporary)
     return Path(folder)
 
 
@@ -99,7 +110,7 @@ def load_program(folder: Path | str, model: nn.Module | None = None) -> Program:
     ties = _ties(program)
     program = program.to("meta")
     program = PassManager(Recipe.of(record["passes"]).passes).run(program, in_place=True).program
-    _load_weights(program, folder / _WEIGHTS)
+    _load_weights(program, folder / _WEIGHTS, record.get("transformers"))
     for name, tensor in kept.items():
         owner, _, leaf = name.rpartition(".")
         program.get_submodule(owner).register_buffer(leaf, tensor, persistent=False)
@@ -107,6 +118,7 @@ def load_program(folder: Path | str, model: nn.Module | None = None) -> Program:
         owner, _, leaf = name.rpartition(".")
         setattr(program.get_submodule(owner), leaf, program.get_parameter(first))
     program.frozen = frozenset(record.get("frozen", ()))
+    program.training_log = TrainingLog(read_training(folder))
     program.train(bool(record["training"]))
     check_patterns(program)
     return program
@@ -125,28 +137,14 @@ def _read(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _resolve(path: str) -> Any:
-    module, _, name = path.partition(":")
-    try:
-        value: Any = importlib.import_module(module)
-        for part in name.split("."):
-            value = getattr(value, part)
-    except (ImportError, AttributeError) as error:
-        raise GraphPruneError(f"cannot import {path}: {error}; install what defines it, or pass model=") from error
-    return value
-
-
 def _build(folder: Path, record: Mapping[str, Any], source: Source) -> nn.Module:
-    if source.factory is not None:
-        return _resolve(source.factory)()  # type: ignore[no-any-return]
-    if "config_class" not in record or not source.model.startswith("transformers."):
-        raise GraphPruneError(
-            f"the source {source.model} has no Hugging Face config; load it with model=, or trace it with factory="
-        )
-    config = _resolve(record["config_class"]).from_dict(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
-    if record.get("attention"):
-        config._attn_implementation = record["attention"]
-    return _resolve(source.model)(config)  # type: ignore[no-any-return]
+    config = None
+    if "config_class" in record and source.factory is None:
+        config = resolve(record["config_class"]).from_dict(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
+        remember_folder(config, folder)
+        if record.get("attention"):
+            config._attn_implementation = record["attention"]
+    return build_source(source, config)
 
 
 def _unsaved_buffers(program: Program) -> dict[str, torch.Tensor]:
@@ -163,7 +161,7 @@ def _ties(program: Program) -> dict[str, str]:
     return ties
 
 
-def _load_weights(program: Program, path: Path) -> None:
+def _load_weights(program: Program, path: Path, saved_by: str | None) -> None:
     try:
         state = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
@@ -171,8 +169,14 @@ def _load_weights(program: Program, path: Path) -> None:
     expected = program.state_dict()
     odd = sorted(set(state) ^ set(expected))
     if odd:
+        here = version("transformers")
+        other = (
+            ""
+            if saved_by in (None, here)
+            else f", or transformers {here} names it otherwise than {saved_by}, which saved it"
+        )
         raise RecipeError(
-            f"{path} does not fit the replayed passes, for example {odd[0]}; the folder is incomplete or edited"
+            f"{path} does not fit the replayed passes, for example {odd[0]}; the folder is incomplete or edited{other}"
         )
     for name, value in state.items():
         if value.shape != expected[name].shape:

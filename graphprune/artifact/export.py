@@ -13,10 +13,21 @@ import numpy as np
 from torch import Tensor
 
 from graphprune.artifact.bisection import bisect
+from graphprune.artifact.companions import config_text, copy_companions
 from graphprune.artifact.files import sha256, written_folder
-from graphprune.artifact.manifest import FORMAT, FileEntry, InputEntry, Manifest, Parity, SiteEntry, versions
+from graphprune.artifact.manifest import (
+    FORMAT,
+    FileEntry,
+    InputEntry,
+    Manifest,
+    Parity,
+    SiteEntry,
+    checked_metrics,
+    versions,
+)
 from graphprune.artifact.nodes import SIZES, record
 from graphprune.artifact.samples import make_inputs, run_program, write_samples
+from graphprune.artifact.training_file import write_training
 from graphprune.artifact.verification import measure_parity, measure_site, verify, verify_afresh
 from graphprune.errors import LoweringError, VerifyError
 from graphprune.ir.formats import formats_of
@@ -32,7 +43,7 @@ from graphprune.pipeline.remote import stored_weights
 from graphprune.pipeline.target import Lowered, Support, Target
 from graphprune.sparsity.layout import to_logical
 
-_TOLERANCE = {"float": 1e-4, "quantized": 5e-2}  # of the outputs' largest value
+_TOLERANCE = {"float": 1e-4, "bf16": 2e-2, "quantized": 5e-2}  # of the outputs' largest value
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,16 @@ class Artifact:
 
     folder: Path
     manifest: Manifest
+
+    def with_metrics(self, metrics: Mapping[str, float]) -> Artifact:
+        """Write what you measured of the lowered model into the manifest, in place of metrics of the same names.
+
+        Raises:
+            GraphPruneError: A value is no finite number, or the manifest cannot be written.
+        """
+        manifest = self.manifest.model_copy(update={"metrics": {**self.manifest.metrics, **checked_metrics(metrics)}})
+        manifest.write(self.folder)
+        return Artifact(self.folder, manifest)
 
 
 def export(
@@ -53,6 +74,7 @@ def export(
     overwrite: bool = False,
     per_node: bool | None = None,
     fresh: bool | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> Artifact:
     """Lower a Program, measure the lowered file, and verify it.
 
@@ -60,15 +82,18 @@ def export(
         program: Any Program; it is left as it is.
         target: Name of a target, or a target with its options.
         out: Folder of the artifact, new or empty.
-        processor: Tokenizer or image processor to save beside the model (anything with ``save_pretrained``).
+        processor: Tokenizer or image processor to save beside the model (anything with ``save_pretrained``). None copies the one that
+            lies in the folder that the model was loaded from.
         tolerance: Largest allowed difference to the Program's outputs, as a fraction of their largest value. Default: 1e-4
-            in float; 5e-2 where activations are quantized, because a rounding that falls the other way moves a value by
-            one quantization step.
+            in float; 2e-2 in bfloat16, whose roundings a target may leave out; 5e-2 where activations are quantized, because a
+            rounding that falls the other way moves a value by one quantization step. Targets that compute in fewer bits have a
+            default of their own.
         overwrite: Replace the folder as a whole where there is one.
         per_node: Record what the Program computes inside for a small sample (one example, eight tokens), in
             ``nodes.safetensors``, for ``verify(..., per_node=True)``. None does so for quantized Programs, where the target
             can tell which value is where.
         fresh: Verify once more in a new process. None does so for targets that say they need it.
+        metrics: What you measured of the model, such as ``{"accuracy": 0.871}``, for the manifest; not measured again.
 
     Returns:
         The artifact.
@@ -77,11 +102,13 @@ def export(
         LoweringError: The target cannot express the Program, or its libraries are not installed.
         VerifyError: What was written is not what the Program is; nothing is left in ``out``.
         PassError: A legalizing pass refused, for example because training did not reach the target sparsity.
+        GraphPruneError: A metric is no finite number, or the folder cannot be written.
     """
     goal = make_target(target) if isinstance(target, str) else target
     lacking = goal.requires & ~program.properties
     if lacking:
         raise LoweringError(f"target {goal.name} requires {lacking}; run the pass that establishes it first")
+    stated = checked_metrics(metrics or {})
     legal = _legalize(program, goal)
     _refuse_formats(legal, goal)
     with written_folder(out, overwrite=overwrite, ours=overwrite) as folder:
@@ -95,10 +122,13 @@ def export(
         if per_node or (per_node is None and Property.FAKE_QUANT in legal.properties):
             _record_nodes(folder, legal, goal, lowered, required=bool(per_node))
         _write_companions(folder, legal, processor)
+        write_training(folder, program.training_log)
         scale = max(
             float(np.abs(value[np.isfinite(value)]).max(initial=0.0)) for item in outputs for value in item.values()
         )
-        kind = "quantized" if Property.FAKE_QUANT in legal.properties else "float"
+        quantized = Property.FAKE_QUANT in legal.properties
+        kind = "quantized" if quantized else "bf16" if "bf16" in formats_of(legal) else "float"
+        tolerance = goal.tolerance() if tolerance is None else tolerance
         allowed = (_TOLERANCE[kind] if tolerance is None else tolerance) * max(scale, 1e-6)
         parity = measure_parity(goal, folder, allowed, in_steps=kind == "quantized")
         if parity.max_abs > allowed:
@@ -121,6 +151,7 @@ def export(
             parity=parity,
             coverage={key: list(names) for key, names in lowered.coverage.items()},
             passes=dict(lowered.passes),
+            metrics=stated,
         )
         manifest.write(folder)
         try:
@@ -201,7 +232,6 @@ def _input_entry(item: Input) -> InputEntry:
 
 def _write_companions(folder: Path, program: Program, processor: Any | None) -> None:
     config = getattr(program, "config", None)
-    if config is not None:
-        (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
-    if processor is not None:
-        processor.save_pretrained(folder)
+    if config is not None and not (folder / "config.json").exists():  # a checkpoint brings its own
+        (folder / "config.json").write_text(config_text(config), encoding="utf-8")
+    copy_companions(program, folder, processor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -13,8 +14,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from graphprune.artifact.files import MANIFEST
-from graphprune.errors import VerifyError
+from graphprune.artifact.files import MANIFEST, written
+from graphprune.errors import GraphPruneError, VerifyError
 from graphprune.sparsity.pattern_base import Pattern
 from graphprune.sparsity.patterns import parse_pattern
 
@@ -105,7 +106,10 @@ class Parity(_Entry):
 
 
 class Manifest(_Entry):
-    """Everything that is said of an artifact. Its file ends in a digest of all the rest, so that an edit of it is seen."""
+    """Everything that is said of an artifact. Its file ends in a digest of all the rest, so that an edit of it is seen.
+
+    All of it is measured, but ``metrics``: what the user measured of the model and stated, by name.
+    """
 
     format: int
     target: str
@@ -120,6 +124,7 @@ class Manifest(_Entry):
     parity: Parity
     coverage: dict[str, list[str]]
     passes: dict[str, int] = {}
+    metrics: dict[str, float] = {}
 
     def sparsity(self, names: Collection[str] | None = None) -> float:
         """Sparsity over several sites together, each in units of its pattern.
@@ -138,7 +143,8 @@ class Manifest(_Entry):
         """Write ``manifest.json``."""
         content = self.model_dump()
         text = json.dumps({**content, _DIGEST: _digest(content)}, indent=2)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        with written(folder / MANIFEST) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -174,6 +180,24 @@ class Manifest(_Entry):
 
 def _digest(content: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics as a manifest holds them.
+
+    Raises:
+        GraphPruneError: A name is empty, or a value is no finite number.
+    """
+    found = {}
+    for name, value in metrics.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not str(name).strip() or not math.isfinite(number):
+            raise GraphPruneError(f"metric {name!r} is {value!r}; give each metric a name and a finite number")
+        found[str(name)] = number
+    return found
 
 
 def digest_of_zeros(zeros: np.ndarray) -> str:

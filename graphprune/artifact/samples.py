@@ -72,8 +72,12 @@ def write_samples(folder: Path, inputs: Sequence[Mapping[str, Tensor]], outputs:
     for name in (INPUTS, OUTPUTS):
         (folder / name).mkdir()
     for number, (given, expected) in enumerate(zip(inputs, outputs, strict=True), 1):
-        np.savez(folder / INPUTS / f"inp_{number:04}.npz", **{name: value.numpy() for name, value in given.items()})
-        np.savez(folder / OUTPUTS / f"out_{number:04}.npz", **expected)
+        np.savez(
+            folder / INPUTS / f"inp_{number:04}.npz",
+            allow_pickle=False,
+            **{name: value.numpy() for name, value in given.items()},
+        )
+        np.savez(folder / OUTPUTS / f"out_{number:04}.npz", allow_pickle=False, **expected)
 
 
 def read_samples(folder: Path) -> list[tuple[Arrays, Arrays]]:

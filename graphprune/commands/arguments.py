@@ -47,6 +47,21 @@ def assignments(texts: list[str] | None, option: str) -> dict[str, object]:
     return values
 
 
+def numbers(texts: list[str] | None, option: str) -> dict[str, float]:
+    """Split texts ``NAME=VALUE`` whose values are numbers.
+
+    Raises:
+        RecipeError: A text is malformed, a name comes twice, or a value is no number.
+    """
+    values = {}
+    for name, text in pairs(texts, option).items():
+        try:
+            values[name] = float(text)
+        except ValueError:
+            raise RecipeError(f"{option} {name}: {text!r} is no number") from None
+    return values
+
+
 def fractions(texts: list[str] | None, option: str) -> tuple[float, ...]:
     """Numbers separated by commas, in one text or several; the option's name is for messages.
 

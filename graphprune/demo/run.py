@@ -245,6 +245,7 @@ def _measure(artifacts: dict[str, Artifact], student: Student, settings: Setting
     rows = []
     for name, artifact in artifacts.items():
         cosine, retrieval = agreement(embed(runs[name], data.held_out), wanted)
+        artifact.with_metrics({"cosine": cosine, "top-1": retrieval})
         path = model_file(artifact)
         rows.append(
             Row(
@@ -278,5 +279,6 @@ def _report(console: Console, rows: Sequence[Row], out: Path, artifacts: dict[st
         f"sparse int8 against its Program: largest difference {parity.max_abs:.3g}, tolerance {parity.tolerance:.3g}"
     )
     console.print(f"check any of them again: graphprune verify {out / 'sparse-int8'}")
+    console.print(f"see it as a page: graphprune report {out / 'sparse-int8'} -o {out / 'report.html'}")
     with written(out / "table.json") as path:
         path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")

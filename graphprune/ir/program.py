@@ -15,6 +15,7 @@ from graphprune.errors import TraceError, VerifyError, suggest
 from graphprune.ir.blocks import Block, Holder, copy_graph, executable, flat_graph
 from graphprune.ir.interface import Interface, named_forward
 from graphprune.ir.properties import Property
+from graphprune.ir.training_log import TrainingLog
 
 FREEZABLE = ("observers", "batch-norm")
 META = "graphprune"
@@ -53,6 +54,7 @@ class Program(fx.GraphModule):
         calibrating: Whether observers that are read once, at the end, look at the data; only while ``calibrate`` runs.
         batch_statistics: Whether batch normalization uses the batch's statistics; follows ``train()`` and ``eval()``.
         frozen: What no longer follows ``train()``: ``observers``, ``batch-norm``; see ``freeze``.
+        training_log: Step, sparsity and loss of the sessions that trained it.
         config: The source model's config, where it has one.
     """
 
@@ -65,6 +67,7 @@ class Program(fx.GraphModule):
     calibrating: bool
     batch_statistics: bool
     frozen: frozenset[str]
+    training_log: TrainingLog
     _compiled: dict[frozenset[str], Callable[..., tuple[object, ...]]]
 
     def __init__(
@@ -83,13 +86,10 @@ class Program(fx.GraphModule):
         self.__dict__["_compiled"] = {}
         super().__init__(nn.Module(), fx.Graph())
         _adopt(self, root)
-        self.name = name
-        self.source = source
-        self.properties = properties
-        self.history = history
+        self.name, self.source, self.properties, self.history = name, source, properties, history
         self.training = root.training
         self.calibrating = False
-        self.frozen = frozenset()
+        self.frozen, self.training_log = frozenset(), TrainingLog()
         self.observing = self.batch_statistics = root.training
         if config is not None:
             self.config = config
@@ -160,7 +160,7 @@ class Program(fx.GraphModule):
             history=self.history,
             config=copy.deepcopy(getattr(self, "config", None), memo),
         )
-        clone.frozen = self.frozen
+        clone.frozen, clone.training_log = self.frozen, copy.deepcopy(self.training_log, memo)
         clone.observing, clone.batch_statistics = self.observing, self.batch_statistics
         memo[id(self)] = clone
         return clone
