@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from graphprune.errors import LoweringError
 from graphprune.ir.program import Program
-from graphprune.ir.sites import attribute_behind, find_sites
+from graphprune.ir.sites import weight_names
 from graphprune.pipeline.remote import interpreter
 from graphprune.pipeline.target import Lowered, NodeValue, Run, StoredWeight, Support, Target
 from graphprune.targets.deepsparse_model.engine import Engines, Examined, examine
@@ -81,7 +80,7 @@ class DeepSparse(Target):
         _require()
         copied = inference_copy(program, quantized=True)
         model, counts = write_model(copied)
-        coverage = stored_formats(model, _weights(copied))
+        coverage = stored_formats(model, weight_names(copied))
         coverage |= _kernels(model, coverage)
         outputs = tuple(item.name for item in model.graph.output)
         _write(model, folder / _MODEL)
@@ -174,17 +173,6 @@ def _refusal(program: Program, found: Examined) -> str:
         f"DeepSparse takes {found.fraction:.1%} of the operators of {program.name} and leaves {left or 'the rest'} to onnxruntime, which "
         f"is slow ({reasons}). Rewrite them in the model, choose another target, or export with allow_fallback=true"
     )
-
-
-def _weights(program: Program) -> tuple[str, ...]:
-    """Names of sites and of embedding tables, in graph order."""
-    sites, _ = find_sites(program)
-    names = [site.name for site in sites]
-    for node in program.calls(torch.ops.aten.embedding.default):
-        source = attribute_behind(node.args[0])
-        if source is not None and str(source.target) not in names:
-            names.append(str(source.target))
-    return tuple(names)
 
 
 def _kernels(model: onnx.ModelProto, formats: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

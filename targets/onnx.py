@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from graphprune.errors import LoweringError, suggest
 from graphprune.ir.program import Program
-from graphprune.ir.sites import attribute_behind, find_sites
+from graphprune.ir.sites import weight_names
 from graphprune.pipeline.target import Lowered, NodeValue, Run, StoredWeight, Support, Target
 from graphprune.targets.onnx_model.draft import finish_parts, open_draft
 from graphprune.targets.onnx_model.export import export_parts, inference_copy
@@ -98,7 +97,7 @@ class Onnx(Target):
 
     def lower(self, program: Program, folder: Path) -> Lowered:
         """Write ``model.onnx``, and ``model.onnx.data`` where the weights are large."""
-        _require()
+        self._require()
         copied = inference_copy(program, self.form != "float")
         model, arrays = export_parts(copied, max(self.opset, _EXPORTED))
         origins = read_origins(model)
@@ -114,7 +113,7 @@ class Onnx(Target):
         written.metadata_props.add(key=TRANSPOSED, value=json.dumps(sorted(draft.transposed)))
         written.metadata_props.add(key=PACKED, value=json.dumps(draft.packed, sort_keys=True))
         write_names(written, tracked)
-        coverage = stored_formats(written, _weights(copied))
+        coverage = stored_formats(written, weight_names(copied))
         sparse = store_sparse(written, arrays) if self.sparse_storage else ()
         files = self._write(written, arrays, folder)
         del draft, tracked, written, arrays  # weights that passes made, before onnxruntime makes its own
@@ -137,9 +136,13 @@ class Onnx(Target):
             raise LoweringError(f"the model written to {path} is not valid ONNX: {error}") from error
         return files
 
+    def _require(self) -> None:
+        for name in ("onnx", "onnxscript", "onnx_graphsurgeon", "onnxruntime"):
+            self.library(name)
+
     def open(self, folder: Path, threads: int | None = None) -> Run:
         """Load ``model.onnx`` into onnxruntime's CPU provider."""
-        _require()
+        self._require()
         onnxruntime: Any = importlib.import_module("onnxruntime")
         path = folder / _MODEL
         if not path.exists():
@@ -163,41 +166,20 @@ class Onnx(Target):
 
     def weights(self, folder: Path, layouts: Mapping[str, str]) -> dict[str, StoredWeight]:
         """Read weights by site name; int8 with zero-point and scale."""
-        _require()
+        self._require()
         return read_weights(folder / _MODEL, layouts)
 
     def nodes(self, folder: Path) -> frozenset[str]:
         """Read from the model's metadata which values of the Program it has."""
-        _require()
+        self._require()
         return frozenset(read_names(folder / _MODEL))
 
     def run_nodes(
         self, folder: Path, inputs: Mapping[str, np.ndarray], recorded: Mapping[str, np.ndarray]
     ) -> tuple[dict[str, NodeValue], dict[str, np.ndarray]]:
         """Cut the model at the recorded values and run it on onnxruntime's CPU provider."""
-        _require()
+        self._require()
         return run_nodes(folder / _MODEL, inputs, recorded)
-
-
-def _require() -> None:
-    for name in ("onnx", "onnxscript", "onnx_graphsurgeon", "onnxruntime"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise LoweringError(
-                f'the ONNX target needs {name}, which is not installed; run: pip install "graphprune[onnx]"'
-            ) from error
-
-
-def _weights(program: Program) -> tuple[str, ...]:
-    """Names of sites and of embedding tables, in graph order."""
-    sites, _ = find_sites(program)
-    names = [site.name for site in sites]
-    for node in program.calls(torch.ops.aten.embedding.default):
-        source = attribute_behind(node.args[0])
-        if source is not None and str(source.target) not in names:
-            names.append(str(source.target))
-    return tuple(names)
 
 
 def _kernels(path: Path, formats: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

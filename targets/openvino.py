@@ -21,7 +21,7 @@ from graphprune.errors import LoweringError, suggest
 from graphprune.ir import ops
 from graphprune.ir.origin import origin
 from graphprune.ir.program import Program
-from graphprune.ir.sites import attribute_behind, find_sites
+from graphprune.ir.sites import weight_names
 from graphprune.pipeline.target import Lowered, Run, StoredWeight, Support, Target
 from graphprune.targets.onnx_model.draft import Draft, finish, surgeon
 from graphprune.targets.onnx_model.export import export_model, inference_copy
@@ -137,7 +137,7 @@ class OpenVino(Target):
                     f"cannot write {folder / _MODEL}: {_first_line(error)}; free some space or choose another folder"
                 ) from error
             del model  # it reads weights from the scratch folder
-        coverage = self._coverage(folder, _weights(copied))
+        coverage = self._coverage(folder, weight_names(copied))
         return Lowered((_MODEL, _WEIGHTS), copied.interface.names, outputs, coverage, counts)
 
     def open(self, folder: Path, threads: int | None = None) -> Run:
@@ -228,17 +228,6 @@ def _leave_to_runtime(program: Program) -> None:
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         program.graph.erase_node(node)
     program.recompile()
-
-
-def _weights(program: Program) -> tuple[str, ...]:
-    """Names of sites and of embedding tables, in graph order."""
-    sites, _ = find_sites(program)
-    names = [site.name for site in sites]
-    for node in program.calls(torch.ops.aten.embedding.default):
-        source = attribute_behind(node.args[0])
-        if source is not None and str(source.target) not in names:
-            names.append(str(source.target))
-    return tuple(names)
 
 
 def _explain(program: Program, model: Any, message: str) -> str:

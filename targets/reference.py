@@ -23,6 +23,7 @@ from graphprune.ir.interface import is_label
 from graphprune.ir.origin import origin
 from graphprune.ir.program import Program
 from graphprune.ir.sites import find_sites
+from graphprune.pipeline.records import read_record
 from graphprune.pipeline.target import Lowered, Run, StoredWeight, Support, Target
 from graphprune.sparsity.layout import Layout, to_logical
 
@@ -110,7 +111,7 @@ class Reference(Target):
         Raises:
             LoweringError: A file is missing or damaged, or names something that no Program calls.
         """
-        record, tensors = _read_graph(folder), _read_weights(folder)
+        record, tensors = read_record(folder / _GRAPH, _FORMAT), _read_weights(folder)
         root = Holder()
         for name in (*tensors, *record["ties"]):
             _register(root, name, tensors[record["ties"].get(name, name)])
@@ -139,7 +140,7 @@ class Reference(Target):
 
     def weights(self, folder: Path, layouts: Mapping[str, str]) -> dict[str, StoredWeight]:
         """Read weights by site name, all as float32."""
-        tensors, ties = _read_weights(folder), _read_graph(folder)["ties"]
+        tensors, ties = _read_weights(folder), read_record(folder / _GRAPH, _FORMAT)["ties"]
         return {
             name: StoredWeight(_to_numpy(to_logical(tensors[ties.get(name, name)], Layout(layout))))
             for name, layout in layouts.items()
@@ -159,19 +160,6 @@ def _register(root: nn.Module, name: str, value: Tensor) -> None:
             module.add_module(part, Holder())
         module = module.get_submodule(part)
     module.register_buffer(leaf, value)
-
-
-def _read_graph(folder: Path) -> dict[str, Any]:
-    path = folder / _GRAPH
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LoweringError(f"{folder} holds no {_GRAPH}; lower a Program into it first") from error
-    except (OSError, ValueError) as error:
-        raise LoweringError(f"cannot read {path}: {error}; export it again") from error
-    if not isinstance(record, dict) or record.get("format") != _FORMAT:
-        raise LoweringError(f"{path} is no graph that this version reads; export it again")
-    return record
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from graphprune.ir.program import Program, Source
 from graphprune.ir.quantizing import Dequantized
 from graphprune.ir.sites import Site, find_sites
 from graphprune.ir.source_model import build_source, resolve, source_model
+from graphprune.pipeline.records import read_record
 from graphprune.pipeline.target import Lowered, Run, StoredWeight, Support, Target
 from graphprune.quant.schemes import parse_scheme
 from graphprune.sparsity.layout import Layout, from_logical, to_logical
@@ -143,7 +144,7 @@ class Torch(Target):
             LoweringError: It is missing or damaged, or ``semi_structured`` is set and there is no GPU for it or no weight.
         """
         device = _gpu() if self.semi_structured else torch.device("cpu")
-        record = _read_record(folder)
+        record = read_record(folder / _RECORD, _FORMAT)
         model = _load(folder, record).to(device)
         if self.semi_structured:
             _make_semi_structured(model.half())
@@ -168,7 +169,7 @@ class Torch(Target):
 
     def weights(self, folder: Path, layouts: Mapping[str, str]) -> dict[str, StoredWeight]:
         """Read weights by site name out of the loaded checkpoint, as float32."""
-        held = dict(_load(folder, _read_record(folder)).named_parameters(remove_duplicate=False))
+        held = dict(_load(folder, read_record(folder / _RECORD, _FORMAT)).named_parameters(remove_duplicate=False))
         return {
             name: StoredWeight(_to_numpy(to_logical(held[name].detach(), Layout(layout))))
             for name, layout in layouts.items()
@@ -293,19 +294,6 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / _RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LoweringError(f"{folder} holds no {_RECORD}; lower a Program into it first") from error
-    except (OSError, ValueError) as error:
-        raise LoweringError(f"cannot read {path}: {error}; export it again") from error
-    if not isinstance(record, dict) or record.get("format") != _FORMAT:
-        raise LoweringError(f"{path} is not of the form that this version reads; export it again")
-    return record
 
 
 def _load(folder: Path, record: Mapping[str, Any]) -> nn.Module:

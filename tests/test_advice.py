@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 import graphprune as gp
@@ -156,17 +156,23 @@ def test_export_says_it_on_standard_error(saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_the_export_tool_says_it_too(saved: Path, tmp_path: Path) -> None:
-    tool = typer.Typer()
-    tool.command()(runpy.run_path(str(ROOT / "tools/export.py"))["export"])
+def test_the_export_tool_is_the_same_command(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
-    arguments = [str(saved), "--target", "reference", "--out", str(tmp_path / "out")]
-    refused = CliRunner().invoke(tool, arguments)
-    assert refused.exit_code == 2
-    assert "--force" in refused.stderr
-    done = CliRunner().invoke(tool, [*arguments, "--force", "--metric", "accuracy=0.5"])
-    assert done.exit_code == 0, done.stderr
-    assert "will not run faster" in done.stderr
-    assert "parity" in done.stdout
+    arguments = ["export.py", str(saved), "--target", "reference", "--out", str(tmp_path / "out")]
+
+    def run(*more: str) -> int:
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "tools/export.py"), run_name="__main__")
+        return int(ended.value.code or 0)
+
+    assert run() == 2
+    assert "--force" in capsys.readouterr().err
+    assert run("--force", "--metric", "accuracy=0.5") == 0
+    output = capsys.readouterr()
+    assert "will not run faster" in output.err
+    assert "verified" in output.out
     assert Manifest.read(tmp_path / "out").metrics == {"accuracy": 0.5}

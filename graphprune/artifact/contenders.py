@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from graphprune.artifact.advice import pattern_row
 from graphprune.artifact.comparison import CORNERS, Contender
 from graphprune.artifact.manifest import Manifest
 from graphprune.artifact.nodes import NODES
@@ -14,9 +15,6 @@ from graphprune.artifact.samples import INPUTS, OUTPUTS
 from graphprune.errors import GraphPruneError, VerifyError
 from graphprune.pipeline.registry import known_targets, make_target
 from graphprune.pipeline.target import Support, Target
-from graphprune.sparsity.channels import Channel
-from graphprune.sparsity.grouped import NM
-from graphprune.sparsity.patterns import Unstructured, parse_pattern
 
 _FORMATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 _BESIDE = (".json", ".jsonl", ".txt", ".md", ".npz", ".jinja")
@@ -154,7 +152,7 @@ def notes_on(entries: Sequence[Entry]) -> tuple[str, ...]:
                 f"{target}: {', '.join(missing)} not measured{more}; without all four corners, do not read one ratio as the gain of "
                 f"sparsity, of int8 or of the engine"
             )
-        unused = [pattern for pattern in _patterns(mine) if table.get(_row(pattern)) is not Support.EXPLOITED]
+        unused = [pattern for pattern in _patterns(mine) if table.get(pattern_row(pattern)) is not Support.EXPLOITED]
         if unused:
             notes.append(f"{target} does not exploit {', '.join(unused)}: zeros are not expected to make it faster")
         notes += [text for entry in mine if (text := _in_float(entry))]
@@ -163,13 +161,6 @@ def notes_on(entries: Sequence[Entry]) -> tuple[str, ...]:
 
 def _patterns(entries: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys(site.pattern for entry in entries for site in entry.manifest.sites if site.pattern))
-
-
-def _row(pattern: str) -> str:
-    """The row of a capability table that a pattern belongs to."""
-    rule = parse_pattern(pattern)
-    rows = ((Unstructured, "unstructured"), (Channel, "channel"), (NM, "N:M"))
-    return next((row for cls, row in rows if isinstance(rule, cls)), "NxM")
 
 
 def _in_float(entry: Entry) -> str:

@@ -232,6 +232,14 @@ def attribute_behind(value: object) -> fx.Node | None:
     return value if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
 
+def weight_names(program: Program) -> tuple[str, ...]:
+    """Names of what a target stores as weights: sites and embedding tables, in graph order."""
+    sites, _ = find_sites(program)
+    tables = (attribute_behind(node.args[0]) for node in program.calls(torch.ops.aten.embedding.default))
+    names = [*(site.name for site in sites), *(str(table.target) for table in tables if table is not None)]
+    return tuple(dict.fromkeys(names))
+
+
 def _rank(operator: Operator) -> int:
     return 2 + int(operator.name[4]) if operator.name.startswith("conv") else 2
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from graphprune.artifact.advice import pattern_row
 from graphprune.artifact.manifest import Manifest, SiteEntry, digest_of_zeros
 from graphprune.artifact.training_file import read_training
 from graphprune.artifact.verification import Report, examine
@@ -20,7 +21,6 @@ from graphprune.pipeline.target import Support
 from graphprune.pipeline.text import parse_pipeline
 from graphprune.reporting.latency import Measured, read_benchmark
 from graphprune.reporting.masks import Picture, corner, density
-from graphprune.sparsity.patterns import NM, Channel, Unstructured, parse_pattern
 
 _WORTH = 12  # letters of a prefix that an ellipsis may stand for
 _TELLING = ("pattern", "sparsity", "criterion", "schedule", "scheme", "preset")
@@ -205,17 +205,7 @@ def _support(manifest: Manifest) -> dict[str, Support]:
     table = find_target(manifest.target).capabilities()
     found = {}
     for text in dict.fromkeys(site.pattern for site in manifest.sites if site.pattern is not None):
-        support = table.get(_row(text))
+        support = table.get(pattern_row(text))
         if support is not None:
             found[text] = support
     return found
-
-
-def _row(pattern: str) -> str:
-    """The row of a capability table that a pattern belongs to."""
-    rule = parse_pattern(pattern)
-    if isinstance(rule, Unstructured):
-        return "unstructured"
-    if isinstance(rule, Channel):
-        return "channel"
-    return "N:M" if isinstance(rule, NM) else "NxM"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shlex
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 from graphprune.errors import LoweringError
 from graphprune.ir.origin import origin
 from graphprune.ir.program import Program
+from graphprune.pipeline.quiet import quiet
 
 _SIZES = {0: 2}
 _OTHER = 8
@@ -59,7 +58,7 @@ def compile_package(program: Program, path: Path) -> list[list[int | None]]:
         LoweringError: Export or compilation failed; names the operator and where it comes from, where that can be told.
     """
     check_compiler()
-    with torch.no_grad(), _quiet(), _own_cache(), _unfolded():
+    with torch.no_grad(), quiet(*_LOGGERS), _own_cache(), _unfolded():
         try:
             exported = torch.export.export(
                 program, (), example_inputs(program), dynamic_shapes=_dynamic_shapes(program), strict=False
@@ -176,18 +175,3 @@ def _explain(program: Program, error: BaseException) -> str:
         f"{program.name} cannot be compiled by Inductor{where}. {reason}. An operator that it has no form for has to be "
         f"rewritten in the model or by a pass before lowering"
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the compiler's notes; what matters of them reaches the caller as an error."""
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +19,7 @@ from graphprune.errors import LoweringError
 from graphprune.ir import ops
 from graphprune.ir.interface import is_label
 from graphprune.ir.program import Program
+from graphprune.pipeline.quiet import quiet
 from graphprune.targets.onnx_model.origins import explain, origins_of, write_origins
 from graphprune.targets.onnx_model.parts import embed, take_apart
 
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
+_LOGGERS = ("torch.export", "torch._export", "torch.onnx", "onnxscript", "onnx_ir")
 _RULES = (  # of onnxscript; none changes or drops a weight, as its fusions of batch norm and of zero biases do
     "add_0", "sub_0", "mul_by_1", "div_by_1", "no_op_cast", "no_op_expand", "no_op_transpose", "cast_cast",
     "transpose_transpose", "reshape_reshape", "unsqueeze_unsqueeze", "squeeze_reshape_1d", "slice_split",
@@ -101,7 +100,7 @@ def export_parts(program: Program, opset: int) -> tuple[onnx.ModelProto, dict[st
             source line.
     """
     translations = importlib.import_module("graphprune.targets.onnx_model.operators").TRANSLATIONS
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet(*_LOGGERS):
         try:
             exported = torch.export.export(
                 program, example_inputs(program), dynamic_shapes=_dynamic_shapes(program), strict=False
@@ -289,19 +288,3 @@ def _merge_constants(model: Any, parameters: frozenset[str]) -> None:
         if known is not value and not value.is_graph_output():
             value.replace_all_uses_with(known)
             del model.graph.initializers[name]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporters' notes; what matters of them reaches the caller as an error."""
-    names = ("torch.export", "torch._export", "torch.onnx", "onnxscript", "onnx_ir")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
