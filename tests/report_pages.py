@@ -15,6 +15,9 @@ from tests.traced import traced
 
 PIPELINE = "insert-masks{pattern=4x1,sparsity=0.5,schedule=cubic,warm_up=0,cool_down=0.4,frequency=2,include_last=true}"
 
+LEVELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+"""Symbols of a picture's cells: shares of zeros, from none to all."""
+
 
 def make_artifact(folder: Path) -> Path:
     """An mlp, pruned by a session of 20 steps, with a stated metric."""
