@@ -37,8 +37,10 @@ from graphprune.commands.console import (
 from graphprune.commands.data import BatchSize, Data, Length, Samples, Seed, calibration_batches
 from graphprune.commands.export import export
 from graphprune.commands.prune import prune
+from graphprune.commands.recipe import recipe as recipe_app
 from graphprune.commands.report import report
 from graphprune.commands.sensitivity import sensitivity
+from graphprune.commands.train import train
 from graphprune.commands.tune import tune
 from graphprune.commands.verify import verify
 from graphprune.errors import GraphPruneError, RecipeError, suggest
@@ -234,6 +236,8 @@ def transform(
     typer.echo(text, nl=False)
 
 
+app.add_typer(train, name="train")
+app.add_typer(recipe_app, name="recipe")
 app.command()(export)
 app.command()(verify)
 app.command()(bench)

@@ -35,6 +35,7 @@ from graphprune.targets.ipex_model.script import (
 _MODEL = "model.pt"
 _PRECISIONS = ("fp32", "bf16")
 _TORCH = "2.8"
+_LIBRARY = "intel_extension_for_pytorch"
 _KINDS = {torch.float32: "float", torch.bfloat16: "bf16", torch.qint8: "int8"}
 
 
@@ -53,6 +54,7 @@ class Ipex(Target):
     legalize = ("fold-masks", "fold-conv-bn", "freeze-quant")
     extra = "ipex"
     fresh = True
+    elsewhere = _LIBRARY
 
     precision: str = "fp32"
 
@@ -90,7 +92,7 @@ class Ipex(Target):
 
     def lower(self, program: Program, folder: Path) -> Lowered:
         """Write ``model.pt``."""
-        ipex = self.library("intel_extension_for_pytorch")
+        ipex = self.library(_LIBRARY)
         program = _without_labels(program)
         model = source_model(program)
         uses = find_uses(program, model)

@@ -116,7 +116,7 @@ every_pass = st.one_of([_strategy(cls) for cls in known_passes().values()])
 
 @given(st.lists(every_pass, max_size=4))
 def test_parse_of_format_is_the_same_for_every_pass(passes: list[Pass]) -> None:
-    recipe = Recipe(tuple(passes))
+    recipe = Recipe.of(passes)
     assert Recipe.of(recipe.text()) == recipe
     assert Recipe.parse(recipe.to_yaml()) == recipe
 
@@ -209,7 +209,7 @@ def test_circles(variables: str) -> None:
         ("pipeline: [fold-masks", "line 1"),
         ("- fold-masks", "a recipe is a mapping with the key 'pipeline', not list"),
         ("", "a recipe is a mapping with the key 'pipeline', not NoneType"),
-        ("{}", "pipeline: Field required"),
+        ("{}", "either a pipeline or stages; this one has neither"),
         ("pipelin: fold-masks", "unknown key 'pipelin'; did you mean 'pipeline'"),
         ("pipeline: fold-masks\ntarge: onnx", "unknown key 'targe'; did you mean 'target'"),
         ("pipeline: 3", "pipeline: .*not 3"),

@@ -18,6 +18,7 @@ from graphprune.sparsity import (
     Cube,
     Cubic,
     Exponential,
+    InverseCubic,
     Linear,
     OneShot,
     Window,
@@ -86,6 +87,21 @@ def test_times_in_steps_fractions_and_epochs() -> None:
         window(100, warm_up="1 epoch")
     with pytest.raises(SparsityError, match="no length of training"):
         window(100, warm_up="1 day")
+
+
+def test_a_schedule_may_begin_with_a_jump():
+    schedule = parse_schedule("cubic(initial=0.7)")
+    assert schedule == Cubic(initial=0.7)
+    assert str(schedule) == "cubic(initial=0.7)"
+    assert schedule.sparsity(0.0, 0.0, 0.9) == 0.7
+    assert schedule.sparsity(0.5, 0.0, 0.9) == pytest.approx(0.7 + 0.2 * (1 - 0.5**3))
+    assert schedule.sparsity(0.0, 0.8, 0.9) == 0.8  # more is there
+    assert schedule.sparsity(0.0, 0.0, 0.5) == schedule.sparsity(0.5, 0.0, 0.5) == 0.5  # a site with a lower target
+    assert Exponential(initial=0.5).sparsity(0.0, 0.0, 0.8) == pytest.approx(0.5)
+    assert InverseCubic().sparsity(0.875, 0.0, 1.0) == pytest.approx(0.5)
+    for text in ("linear(initial=1)", "linear(initial=-0.1)", "one-shot(initial=0.1)"):
+        with pytest.raises(SparsityError, match="initial"):
+            parse_schedule(text)
 
 
 def test_text():

@@ -169,8 +169,9 @@ class Experiment:
         program = gp.transform(teacher, row.passes(settings), example, labels=True, output_hidden_states=True)
         cache = self._hidden_states(teacher, seed)
         distillation = gp.training.Distillation(
-            teacher, logits=settings.logits, hidden=settings.hidden, temperature=settings.temperature
-        )
+            teacher, logits=settings.logits, hidden=settings.hidden, task=settings.labels,
+            temperature=settings.temperature, hidden_loss="relative",
+        )  # fmt: skip
 
         def loss(batch: Sequence[int]) -> Tensor:
             inputs = self.task.train.inputs(batch)
@@ -178,7 +179,7 @@ class Experiment:
             wanted = cache.output(batch, inputs["input_ids"].shape)
             with torch.no_grad():
                 wanted["logits"] = teacher.classifier(teacher.bert.pooler(wanted["last_hidden_state"]))
-            return distillation.loss(output, wanted, inputs["attention_mask"]) + settings.labels * output.loss
+            return distillation(output, wanted, inputs).total
 
         self._fit(program, loss, Stage(f"seed {seed}: {row.name}", settings.prune_steps, settings.prune_rate), seed)
         sites = masked_sites(program)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,8 +35,7 @@ from graphprune.ir.masking import Masking, Pruned, masked_sites
 from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
 from graphprune.ir.sites import find_sites
-from graphprune.pipeline.manager import PassManager
-from graphprune.pipeline.recipe import Recipe
+from graphprune.pipeline.legalize import legalized
 from graphprune.pipeline.registry import make_target
 from graphprune.pipeline.remote import stored_weights
 from graphprune.pipeline.target import Lowered, Support, Target
@@ -109,7 +107,7 @@ def export(
     if lacking:
         raise LoweringError(f"target {goal.name} requires {lacking}; run the pass that establishes it first")
     stated = checked_metrics(metrics or {})
-    legal = _legalize(program, goal)
+    legal = legalized(program, goal.legalize)
     _refuse_formats(legal, goal)
     with written_folder(out, overwrite=overwrite, ours=overwrite) as folder:
         lowered = goal.lower(legal, folder)
@@ -161,16 +159,6 @@ def export(
         except VerifyError as error:
             raise VerifyError(str(error).replace(str(folder), f"the {goal.name} export"), *error.args[1:]) from None
     return Artifact(Path(out), manifest)
-
-
-def _legalize(program: Program, target: Target) -> Program:
-    """A flat copy in eval mode on the CPU, after the target's passes; those that find nothing to do are left out."""
-    legal = copy.deepcopy(program).to("cpu")
-    legal.eval()
-    for step in Recipe.of(["inline-blocks", *target.legalize]).passes:
-        if not step.requires & ~legal.properties and not step.establishes & legal.properties:
-            legal = PassManager((step,)).run(legal, in_place=True).program
-    return legal
 
 
 def _record_nodes(folder: Path, program: Program, target: Target, lowered: Lowered, *, required: bool) -> None:

@@ -87,7 +87,7 @@ class TunedPipeline:
 
     def text(self) -> str:
         """The whole pipeline as text, from which ``of`` makes it again."""
-        return Recipe(self.passes).text()
+        return Recipe.of(self.passes).text()
 
     def check_levels(self, fallback: Sequence[str]) -> None:
         """Check the levels to fall back to.
@@ -135,7 +135,7 @@ class TunedPipeline:
 
     def recipe(self, levels: Mapping[str, str]) -> Recipe:
         """The whole pipeline as a recipe, with some sites at another level."""
-        return Recipe((*self.before, self.decider_with(levels), *self.after))
+        return Recipe.of((*self.before, self.decider_with(levels), *self.after))
 
     def check_order(self, program: Program, batches: Iterable[object] | None) -> None:
         """Check that the passes can follow each other and have data, before anything is measured.

@@ -36,7 +36,7 @@ def assignments(texts: list[str] | None, option: str) -> dict[str, object]:
     Raises:
         RecipeError: A text is malformed, a name comes twice, or a value is no YAML.
     """
-    from graphprune.pipeline.recipe import read_value
+    from graphprune.pipeline.plain_yaml import read_value
 
     values: dict[str, object] = {}
     for name, text in pairs(texts, option).items():

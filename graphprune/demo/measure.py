@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graphprune.artifact.export import Artifact
 from graphprune.demo.corpus import pad
 from graphprune.pipeline.target import Run
-from graphprune.training.distillation import mean_pool
+from graphprune.training.losses import mean_pool
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def train_student(out: Path, settings: Settings, progress: Progress, *, resume: 
     program = transform(copy.deepcopy(teacher), PRUNING, example, in_place=True, output_hidden_states=True)
     freeze_embeddings(program)
     cache = TeacherCache.build(teacher, data.train, progress)
-    distillation = Distillation(teacher, hidden=settings.hidden, embedding=settings.embedding)
+    distillation = Distillation(teacher, hidden=settings.hidden, embedding=settings.embedding, hidden_loss="relative")
     trainer = Trainer(out, settings, data.train, cache, distillation)
     sparse, quantized = _train(program, trainer, progress, saved)
     return Student(teacher, data, sparse, quantized)

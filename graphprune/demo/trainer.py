@@ -156,7 +156,7 @@ class Trainer:
     def _loss(self, program: Program, batch: list[int]) -> Tensor:
         ids, mask = pad([self.items[index] for index in batch])
         output = program(input_ids=ids, attention_mask=mask)
-        return self.distillation.loss(output, self.cache.output(batch, ids.shape), mask)
+        return self.distillation(output, self.cache.output(batch, ids.shape), {"attention_mask": mask}).total
 
     def save(
         self, program: Program, stage: Stage, optimizer: torch.optim.Optimizer | None, session: Session | None

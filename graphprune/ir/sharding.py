@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _PART = 1 << 20
+
+
+def first_process() -> bool:
+    """Whether this process is alone, or the first of the default group: the one that writes files."""
+    return not (
+        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
+    )
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -36,6 +43,21 @@ def sharded_like(value: Tensor, reference: Tensor) -> Tensor:
 
     shards: Any = reference
     return distribute_tensor(value, shards.device_mesh, shards.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def gather_into(sharded: nn.Module, plain: nn.Module) -> None:
+    """Copy all parameters and buffers of a module that FSDP2 shards into an unsharded one of the same names.
+
+    Every process of the mesh must call it.
+
+    Args:
+        sharded: Left as it is.
+        plain: Mutated; on any device.
+    """
+    values = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
+    for name, value in (*sharded.named_parameters(), *sharded.named_buffers()):
+        values[name].copy_(whole(value.detach()))
 
 
 def differing(tensors: dict[str, Tensor]) -> str | None:

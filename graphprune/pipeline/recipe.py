@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graphprune.errors import RecipeError, suggest
 from graphprune.pipeline.base import Pass
 from graphprune.pipeline.expressions import substitute
+from graphprune.pipeline.plain_yaml import read_yaml, write_yaml
 from graphprune.pipeline.registry import make_pass, make_target
+from graphprune.pipeline.stages import DistillationSettings, Stage, TrainingSettings, merged
 from graphprune.pipeline.target import Target
 from graphprune.pipeline.text import parse_pipeline
 
 Step = Pass | str | Mapping[str, object]
+ONLY = "main"
+"""Name of the stage of a recipe that has one pipeline."""
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 
 class _TargetFile(BaseModel):
@@ -27,11 +30,26 @@ class _TargetFile(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+_Pipeline = str | list[str | dict[str, dict[str, Any] | None]]
+
+
+class _StageFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str = Field(pattern=_NAME)
+    pipeline: _Pipeline
+    training: dict[str, Any] | None = None
+    distillation: dict[str, Any] | None = None
+    train: bool = True
+
+
 class _RecipeFile(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     version: int = 1
     variables: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    pipeline: str | list[str | dict[str, dict[str, Any] | None]]
+    training: dict[str, Any] | None = None
+    distillation: dict[str, Any] | None = None
+    pipeline: _Pipeline | None = None
+    stages: list[_StageFile] | None = None
     target: str | _TargetFile | None = None
 
 
@@ -40,14 +58,41 @@ class Recipe:
     """What to do to a model.
 
     Attributes:
-        passes: The pipeline.
+        stages: One after the other, each with its pipeline; at least one.
         target: Where to lower to, if it says.
         variables: Values that the file named; kept so that it can be written again.
     """
 
-    passes: tuple[Pass, ...]
+    stages: tuple[Stage, ...]
     target: Target | None = None
     variables: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The pipeline of a recipe that has one.
+
+        Raises:
+            RecipeError: It has several stages.
+        """
+        if len(self.stages) > 1:
+            names = ", ".join(stage.name for stage in self.stages)
+            raise RecipeError(
+                f"this recipe has {len(self.stages)} stages ({names}), which graphprune train runs one after the other; take the "
+                f"pipeline of one with recipe.stage(name).passes"
+            )
+        return self.stages[0].passes
+
+    def stage(self, name: str) -> Stage:
+        """A stage by name.
+
+        Raises:
+            RecipeError: There is none of that name.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        names = [stage.name for stage in self.stages]
+        raise RecipeError(f"there is no stage {name!r}{suggest(name, names)}; there are {', '.join(names)}")
 
     @classmethod
     def of(cls, source: Recipe | Step | Sequence[Step] | Path, /, **overrides: object) -> Recipe:
@@ -70,7 +115,7 @@ class Recipe:
         if isinstance(source, Recipe):
             return source
         steps: Sequence[Step] = [source] if isinstance(source, (Pass, str)) else source
-        return cls(_passes(steps, {}))
+        return cls((Stage(ONLY, _passes(steps, {}, "pipeline")),))
 
     @classmethod
     def load(cls, path: Path | str, /, **overrides: object) -> Recipe:
@@ -96,15 +141,7 @@ class Recipe:
         Raises:
             RecipeError: Not YAML, a tab, a tag, a repeated key, a wrong type, or anything unknown.
         """
-        try:
-            data = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-            problem = getattr(error, "problem", None) or str(error)
-            hint = "; indent with spaces" if "\\t" in problem else ""
-            hint = "; a recipe is plain data, tags are not allowed" if "tag" in problem else hint
-            raise RecipeError(f"{where}{problem}{hint}") from None
+        data = read_yaml(text)
         if not isinstance(data, Mapping):
             raise RecipeError(f"a recipe is a mapping with the key 'pipeline', not {type(data).__name__}")
         return cls._from_mapping(data, overrides)
@@ -121,82 +158,81 @@ class Recipe:
             if name not in content.variables:
                 raise RecipeError(f"variable {name!r} is not in the recipe{suggest(name, content.variables)}")
         variables = {**content.variables, **overrides}
-        steps = [content.pipeline] if isinstance(content.pipeline, str) else content.pipeline
         target = None
         if content.target is not None:
             entry = content.target if isinstance(content.target, _TargetFile) else _TargetFile(name=content.target)
             options = substitute(entry.options, variables, "target")
             target = make_target(entry.name, options, "target")  # type: ignore[arg-type]
-        return cls(_passes(steps, variables), target, variables)
+        return cls(_stages(content, variables), target, variables)
 
     def text(self) -> str:
-        """The pipeline as text."""
+        """The pipeline as text, of a recipe that has one."""
         return ",".join(str(step) for step in self.passes)
 
     def to_yaml(self) -> str:
         """The recipe as YAML, variables put in."""
-        data: dict[str, object] = {"version": 1, "pipeline": [_plain(step) for step in self.passes]}
+        data: dict[str, object] = {"version": 1}
+        if len(self.stages) == 1 and self.stages[0].name == ONLY:
+            data |= _plain_stage(self.stages[0])
+        else:
+            data["stages"] = [{"name": stage.name, **_plain_stage(stage)} for stage in self.stages]
         if self.target is not None:
             options = {key: _data(value) for key, value in vars(self.target).items()}
             data["target"] = {"name": self.target.name, "options": options}
-        return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
+        return write_yaml(data)
 
     def __str__(self) -> str:
-        return self.text()
+        return self.text() if len(self.stages) == 1 else self.to_yaml()
 
 
-def read_value(text: str) -> object:
-    """Read one value as a recipe would: 0.8 is a number, true a bool, 4x1 and 2:4 are texts.
+def _stages(content: _RecipeFile, variables: Mapping[str, object]) -> tuple[Stage, ...]:
+    """The stages of a file, with what it says for all of them merged in."""
+    if (content.pipeline is None) == (content.stages is None):
+        problem = "has neither" if content.pipeline is None else "has both"
+        raise RecipeError(f"a recipe has either a pipeline or stages; this one {problem}")
+    if content.pipeline is not None:
+        files = [(ONLY, "", _StageFile(name=ONLY, pipeline=content.pipeline))]
+    else:
+        files = [(stage.name, f"stages[{index}].", stage) for index, stage in enumerate(content.stages or ())]
+    names = [name for name, _, _ in files]
+    if not names:
+        raise RecipeError("stages: there is none; a recipe has at least one")
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"stages: the name {name!r} is given twice")
+    return tuple(_stage(name, where, file, content, variables) for name, where, file in files)
 
-    Raises:
-        RecipeError: It is no YAML.
-    """
+
+def _stage(name: str, where: str, file: _StageFile, all_stages: _RecipeFile, variables: Mapping[str, object]) -> Stage:
+    steps = [file.pipeline] if isinstance(file.pipeline, str) else file.pipeline
+    training = _settings(TrainingSettings, merged(all_stages.training, file.training), variables, f"{where}training")
+    distillation = None
+    off = "distillation" in file.model_fields_set and file.distillation is None
+    if not off and (all_stages.distillation is not None or file.distillation is not None):
+        said = merged(all_stages.distillation, file.distillation)
+        distillation = _settings(DistillationSettings, said, variables, f"{where}distillation")
+    return Stage(name, _passes(steps, variables, f"{where}pipeline"), training, distillation, file.train)
+
+
+_S = TypeVar("_S", TrainingSettings, DistillationSettings)
+
+
+def _settings(cls: type[_S], data: Mapping[str, Any], variables: Mapping[str, object], where: str) -> _S:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise RecipeError(f"{text!r} cannot be read as a YAML value") from None
+        return cls.model_validate(substitute(data, variables, where))
+    except ValidationError as error:
+        raise RecipeError(_explain(error, where, cls)) from None
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice and reads numbers as YAML 1.2 does: 2:4 is a text, 1e-3 a number."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key is a list or mapping", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Safe YAML that puts a text in quotes where YAML 1.1 or 1.2 would read a number."""
-
-
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(_NUMBERS[0], re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
-    _side.add_implicit_resolver(_NUMBERS[1], _FLOAT, list("-+0123456789."))
-_Loader.add_constructor(_NUMBERS[0], lambda loader, node: int(node.value))  # 010 is ten
-
-
-def _passes(steps: Sequence[object], variables: Mapping[str, object]) -> tuple[Pass, ...]:
+def _passes(steps: Sequence[object], variables: Mapping[str, object], where_all: str) -> tuple[Pass, ...]:
     passes: list[Pass] = []
     for step in steps:
-        where = f"pipeline[{len(passes)}]"
+        where = f"{where_all}[{len(passes)}]"
         if isinstance(step, Pass):
             passes.append(step)
         elif isinstance(step, str):
             for name, options in parse_pipeline(str(substitute(step, variables, where))):
-                passes.append(make_pass(name, options, f"pipeline[{len(passes)}]"))
+                passes.append(make_pass(name, options, f"{where_all}[{len(passes)}]"))
         elif isinstance(step, Mapping) and len(step) == 1:
             ((name, options),) = step.items()
             replaced = substitute(options or {}, variables, f"{where}.{name}")
@@ -221,15 +257,28 @@ def _data(value: object) -> object:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _explain(error: ValidationError) -> str:
+def _plain_stage(stage: Stage) -> dict[str, object]:
+    data: dict[str, object] = {"pipeline": [_plain(step) for step in stage.passes]}
+    if stage.training.said():
+        data["training"] = stage.training.said()
+    if stage.distillation is not None:
+        data["distillation"] = stage.distillation.said()
+    return data if stage.train else {**data, "train": False}
+
+
+def _explain(error: ValidationError, where: str = "", model: type[BaseModel] | None = None) -> str:
     problem = max(error.errors(), key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
-    path = ""
+    path = where
     for part in problem["loc"]:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif not (part.startswith(("list[", "dict[", "_Target")) or part in ("str", "bool", "int", "float")):
+        elif not (
+            part.startswith(("list[", "dict[", "tuple[", "_Target", "float", "int", "literal"))
+            or part in ("str", "bool")
+        ):
             path += f".{part}" if path else part
     if problem["type"] == "extra_forbidden":
         owner, _, key = path.rpartition(".")
-        return f"unknown key {path!r}{suggest(key, (_TargetFile if owner else _RecipeFile).model_fields)}"
+        known = model or (_StageFile if owner.startswith("stages") else _TargetFile if owner else _RecipeFile)
+        return f"unknown key {path!r}{suggest(key, known.model_fields)}"
     return f"{path or 'recipe'}: {problem['msg']}, not {problem['input']!r}"

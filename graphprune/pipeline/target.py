@@ -117,6 +117,7 @@ class Target(abc.ABC):
             what Python has in memory (operators that were registered, classes, a compiler's cache).
         any_graph: Whether it lowers any graph, and so the beginning of one, in search of an operator that differs; not where it goes
             back to the source model's class.
+        elsewhere: Library that lowering itself needs and that has an environment of its own; "" where programs are lowered here.
         remarks: What must be added to a row of ``capabilities()``, by its name: a condition, or a part that it does not hold for.
     """
 
@@ -126,6 +127,7 @@ class Target(abc.ABC):
     extra: ClassVar[str] = ""
     fresh: ClassVar[bool] = False
     any_graph: ClassVar[bool] = True
+    elsewhere: ClassVar[str] = ""
     remarks: ClassVar[Mapping[str, str]] = {}
 
     @classmethod

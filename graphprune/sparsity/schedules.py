@@ -23,6 +23,8 @@ class Schedule(abc.ABC):
     name: ClassVar[str]
     resets_moments: ClassVar[bool] = False
     """Whether the optimizer's moments start anew when pruned weights come back."""
+    initial: float = 0.0
+    """Least sparsity at the start of the window; where more is there, that counts."""
 
     def __str__(self) -> str:
         return format_named(self.name, self)
@@ -36,7 +38,8 @@ class Schedule(abc.ABC):
             target: Sparsity at the end, ``initial <= target <= 1``.
 
         Returns:
-            Sparsity in [initial, target]; exactly ``target`` where ``progress`` is 1.
+            Sparsity in [initial, target]; exactly ``target`` where ``progress`` is 1. A schedule whose own ``initial`` is larger
+            than the argument starts from that, at most at ``target``.
 
         Raises:
             SparsityError: An argument is out of its range.
@@ -48,7 +51,8 @@ class Schedule(abc.ABC):
                 f"schedule {self}: cannot go from sparsity {initial} to {target}; it needs "
                 "0 <= initial <= target <= 1, as fractions and not percent"
             )
-        return target if progress == 1.0 else min(target, max(initial, self.curve(progress, initial, target)))
+        start = min(target, max(initial, self.initial))
+        return target if progress == 1.0 else min(target, max(start, self.curve(progress, start, target)))
 
     @abc.abstractmethod
     def curve(self, progress: float, initial: float, target: float) -> float:
@@ -68,6 +72,21 @@ class FractionSchedule(Schedule):
 
 
 @dataclass(frozen=True)
+class Rising(Schedule):
+    """A schedule that may begin with a jump: ``cubic(initial=0.5)`` prunes to 0.5 at the first update and rises from there.
+
+    Raises:
+        SparsityError: ``initial`` is not in [0, 1).
+    """
+
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.initial < 1.0:
+            raise SparsityError(f"{self.name}: initial={self.initial} is not in [0, 1); it is a fraction of zeros")
+
+
+@dataclass(frozen=True)
 class OneShot(FractionSchedule):
     """The target at once: already the first update of the window reaches it."""
 
@@ -79,7 +98,7 @@ class OneShot(FractionSchedule):
 
 
 @dataclass(frozen=True)
-class Linear(FractionSchedule):
+class Linear(Rising, FractionSchedule):
     """``s0 + (s1 - s0) * t``."""
 
     name = "linear"
@@ -90,7 +109,7 @@ class Linear(FractionSchedule):
 
 
 @dataclass(frozen=True)
-class Cubic(FractionSchedule):
+class Cubic(Rising, FractionSchedule):
     """``s0 + (s1 - s0) * (1 - (1 - t)**3)``: fast first, slow near the target.
 
     Source: Zhu and Gupta, arXiv:1710.01878. (The "cube" of Neural Compressor is another curve, ``t**3``.)
@@ -104,7 +123,7 @@ class Cubic(FractionSchedule):
 
 
 @dataclass(frozen=True)
-class Cube(FractionSchedule):
+class Cube(Rising, FractionSchedule):
     """``s0 + (s1 - s0) * t**3``: slow first, fast at the end. Source: "cube" of Neural Compressor 2.6."""
 
     name = "cube"
@@ -112,6 +131,20 @@ class Cube(FractionSchedule):
     def fraction(self, progress: float) -> float:
         """Return ``t**3``."""
         return progress**3
+
+
+@dataclass(frozen=True)
+class InverseCubic(Rising, FractionSchedule):
+    """``s0 + (s1 - s0) * (1 - (1 - t)**(1/3))``: slow first, steep at the end.
+
+    Source: "inverse_cubic" of SparseML's pruning modifiers.
+    """
+
+    name = "inverse-cubic"
+
+    def fraction(self, progress: float) -> float:
+        """Return ``1 - (1 - t)**(1/3)``."""
+        return float(1.0 - (1.0 - progress) ** (1 / 3))
 
 
 @dataclass(frozen=True)
@@ -151,7 +184,7 @@ class AcDc(FractionSchedule):
 
 
 @dataclass(frozen=True)
-class Exponential(Schedule):
+class Exponential(Rising):
     """``1 - (1 - s0) * ((1 - s1) / (1 - s0))**t``: the density shrinks by the same factor in equal times.
 
     A target of 1 is reached right after the start, because no finite factor leads to density 0. Source:
@@ -169,7 +202,7 @@ class Exponential(Schedule):
 
 
 @dataclass(frozen=True)
-class Cosine(FractionSchedule):
+class Cosine(Rising, FractionSchedule):
     """``s0 + (s1 - s0) * (1 - cos(pi/2 * t))``: slow first. Source: "cos" of Neural Compressor 2.6."""
 
     name = "cosine"
@@ -180,7 +213,7 @@ class Cosine(FractionSchedule):
 
 
 SCHEDULES: Mapping[str, type[Schedule]] = MappingProxyType(
-    {cls.name: cls for cls in (OneShot, Linear, Cubic, Cube, Exponential, Cosine, Constant, AcDc)}
+    {cls.name: cls for cls in (OneShot, Linear, Cubic, Cube, InverseCubic, Exponential, Cosine, Constant, AcDc)}
 )
 """Every schedule that text can name."""
 

@@ -35,16 +35,42 @@ def refuse_second(program: Program) -> None:
         )
 
 
-def weak_hook(owner: object, method: Callable[..., None]) -> Callable[..., None]:
+def with_gradients(
+    args: tuple[Any, ...], kwargs: dict[str, Any], act: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Act when an optimizer's step has its gradients: at once, or each time that the closure which makes them was called.
+
+    Args:
+        args: The optimizer and the positional arguments of its step.
+        kwargs: The others.
+        act: What to do.
+
+    Returns:
+        Other arguments for the step; None where it has no closure.
+    """
+    given = args[1] if len(args) > 1 else kwargs.get("closure")
+    if given is None:
+        act()
+        return None
+
+    def closure() -> Any:
+        loss = given()
+        act()
+        return loss
+
+    return (args[0], closure, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
+
+
+def weak_hook(owner: object, method: Callable[..., Any]) -> Callable[..., Any]:
     """A hook that calls ``method(owner, ...)`` and does not keep its owner alive."""
     reference = weakref.ref(owner)
 
-    def hook(*args: Any) -> None:
+    def hook(*args: Any) -> Any:
         alive = reference()
         if alive is None:
             raise SparsityError(
                 "the training session was garbage-collected while its optimizer still steps; keep it in a variable"
             )
-        method(alive, *args)
+        return method(alive, *args)
 
     return hook

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from graphprune.errors import SparsityError
 from graphprune.ir.masking import MaskedSite, masked_sites, reached, rules_of, sparsity_of
 from graphprune.ir.quantizing import quantizers
-from graphprune.ir.sharding import differing, whole
+from graphprune.ir.sharding import differing, first_process, whole
 from graphprune.ir.training_log import format_log, parse_log
-from graphprune.training.attaching import refuse_second, unwrap, weak_hook
+from graphprune.training.attaching import refuse_second, unwrap, weak_hook, with_gradients
 from graphprune.training.freezing_times import FreezingTimes
 from graphprune.training.randomness import random_state, set_random_state
 from graphprune.training.report import RuleReport, SessionReport
@@ -51,9 +51,9 @@ class Session:
         total_steps: Optimizer steps of the whole run; fractions of training count from it.
         steps_per_epoch: Optimizer steps of an epoch, where some time is in epochs.
         sampler: Where criteria such as ``obs`` draw their gradients from.
-        log: File for one JSON object a step (``step``, ``sparsity``, ``loss``), appended to. ``loss`` is that of the
-            Program's own output (not under ``torch.compile``), or what ``record`` was given. The Program keeps them too, thinned,
-            as ``training_log``, which is saved and exported with it.
+        log: File for one JSON object a step (``step``, ``sparsity``, ``loss``), appended to by the first process. ``loss`` is that
+            of the Program's own output (not under ``torch.compile``), or what ``record`` was given. The Program keeps them too,
+            thinned, as ``training_log``, which is saved and exported with it.
 
     Attributes:
         step: Optimizer steps taken.
@@ -80,7 +80,7 @@ class Session:
         self.sampler = sampler
         self.step = 0
         self.skipped = 0
-        self.log = StepLog(Path(log)) if log is not None else None
+        self.log = StepLog(Path(log)) if log is not None and first_process() else None
         self._loss: float | Tensor | None = None
         self._sparsity: float | None = None
         self._entrywise = type(self.optimizer) in _ENTRYWISE
@@ -323,8 +323,11 @@ class Session:
     def _weight_version(self) -> int:
         return self._watched[1]._version
 
+    def _before_step(self, optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        return with_gradients(args, kwargs, self._use_gradients)
+
     @torch.no_grad()
-    def _before_step(self, optimizer: object, args: object, kwargs: object) -> None:
+    def _use_gradients(self) -> None:
         self._watch_gradient()
         scoring = [rule for rule in self._rules.values() if rule.scoring(self.step)]
         sites = [site for rule in scoring for site in rule.sites if site.weight.requires_grad]
@@ -349,8 +352,7 @@ class Session:
         A zero weight with a zero gradient and zero moments stays zero under an optimizer that works entry by entry. Where
         that does not hold, pruned weights are set to zero after every step.
         """
-        sites = self._sites
-        if not sites:
+        if not (sites := self._sites):
             return
         site = sites[self.step % len(sites)]
         grad = site.weight.grad

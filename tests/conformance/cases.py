@@ -88,6 +88,7 @@ def beyond() -> list[Rule]:
         for pattern in PATTERNS
         for scope in SCOPES
     ]
+    more += [Rule("magnitude", pattern, "global", "inverse-cubic", _target(pattern)) for pattern in PATTERNS]
     more += [Rule("snip_momentum", pattern, scope, "cubic", 0.45) for pattern in PATTERNS for scope in MORE_SCOPES]
     targets = (("conv.weight", 0.25), ("fc.weight", 0.5))
     more += [

@@ -32,6 +32,7 @@ def sparsity_at(schedule: str, progress: float, target: float) -> float:
             "cosine": 1.0 - math.cos(math.pi / 2 * progress),
             "cube": progress**3,
             "cubic": 1.0 - (1.0 - progress) ** 3,
+            "inverse-cubic": 1.0 - (1.0 - progress) ** (1 / 3),
         }[schedule]
     )
 

@@ -64,7 +64,9 @@ def test_choice_of_units(sites: list[Candidates], sparsity: float, least: float,
         assert np.array_equal(mine.numpy(), flags)
 
 
-@pytest.mark.parametrize("name", ["exponential", "linear", "cosine", "cube", "cubic", "one-shot", "constant"])
+@pytest.mark.parametrize(
+    "name", ["exponential", "linear", "cosine", "cube", "cubic", "inverse-cubic", "one-shot", "constant"]
+)
 @pytest.mark.parametrize("target", [0.1, 0.5, 0.8, 0.98])
 def test_schedules(name: str, target: float) -> None:
     schedule = parse_schedule(name)

@@ -310,7 +310,7 @@ class TestProtocol:
         teacher.forward = lambda x: {"logits": x @ torch.ones(8, 3)}  # type: ignore[method-assign]
         distillation = gp.training.Distillation(teacher, logits=1.0)
         student = torch.randn(4, 3, requires_grad=True)
-        loss = distillation.loss({"logits": student}, distillation.run_teacher({"x": torch.randn(4, 8)}))
+        loss = distillation({"logits": student}, distillation.teach({"x": torch.randn(4, 8)})).total
         assert loss.shape == ()
         loss.backward()
         assert student.grad is not None

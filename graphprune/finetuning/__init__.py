@@ -1,0 +1,1 @@
+"""Fine-tuning by one command: question answering, classification and named entities, with compression on the way."""

@@ -1,0 +1,1 @@
+"""Tasks: what a model is fine-tuned for, as data, features and scores."""
