@@ -85,6 +85,8 @@ def test_the_memory_of_a_process_is_its_own() -> None:
 
 
 UNCHECKED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs, such as a test run, without it
 from graphprune.artifact import benchmark
 from graphprune.cli import main
 benchmark._check_sample = lambda *_: None  # two processes less
