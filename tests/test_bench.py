@@ -63,6 +63,7 @@ def test_steps_updates_and_growth_are_measured(bench: Any, setting: Any) -> None
     assert "53,248 weights" in found[2].detail
 
 
+@pytest.mark.slow
 def test_passes_are_measured(bench: Any, setting: Any) -> None:
     first, second = bench.passes.bench_passes(setting)
     assert first.ratio > 0

@@ -30,6 +30,7 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     return importlib.import_module("benchmarks.openvino"), importlib.import_module("benchmarks.measuring")
 
 
+@pytest.mark.slow
 def test_both_files_take_turns(tools: tuple[Any, Any], tmp_path: Path) -> None:
     comparison, measuring = tools
     setting = measuring.Setting(layers=1, hidden=64, length=16, repeats=1)

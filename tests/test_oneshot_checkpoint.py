@@ -121,7 +121,7 @@ def test_the_same_bits_as_in_memory(llama: Path, criterion: str, tmp_path: Path)
     assert torch.isfinite(loaded(**batches()[0]).logits).all()
 
 
-@pytest.mark.parametrize("name", ["bert_qa", "gpt2", "t5", "vit", "resnet"])
+@pytest.mark.parametrize("name", ["bert_qa", "gpt2", pytest.param("t5", marks=pytest.mark.slow), "vit", "resnet"])
 def test_every_architecture_in_one_file_or_several(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
     model.save_pretrained(tmp_path / "in", **({"max_shard_size": "40KB"} if name in ("bert_qa", "vit") else {}))
@@ -212,7 +212,9 @@ prune_checkpoint({source!r}, recipe({criterion!r}), batches(), {out!r}, save_sec
 
 
 @pytest.mark.usefixtures("traced_once")
-@pytest.mark.parametrize(("criterion", "after"), [("sparsegpt", 14), ("magnitude", 9)])
+@pytest.mark.parametrize(
+    ("criterion", "after"), [("sparsegpt", 14), pytest.param("magnitude", 9, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_goes_on_to_the_same_bits(llama: Path, criterion: str, after: int, tmp_path: Path) -> None:
     prune_checkpoint(llama, recipe(criterion), batches(), tmp_path / "whole")
     code = _KILLED.format(

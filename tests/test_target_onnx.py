@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +81,21 @@ _SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", ["bert_qa", "gpt2_conv1d"])
-@pytest.mark.parametrize("kind", _SMALL)
-@pytest.mark.parametrize(("opset", "form"), [(18, "qdq"), (21, "qdq"), (21, "integer")])
+_COMMON = [("bert_qa", "int4", 21, "qdq"), ("bert_qa", "uint4", 18, "qdq"), ("gpt2_conv1d", "int8", 21, "integer")]
+_ALL = itertools.product(("bert_qa", "gpt2_conv1d"), _SMALL, (18, 21), ("qdq", "integer"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "opset", "form"),
+    [
+        *_COMMON,
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in _ALL
+            if case not in _COMMON and case[2:] != (18, "integer")
+        ),
+    ],
+)
 def test_small_weights(name: str, kind: str, opset: int, form: str, tmp_path: Path) -> None:
     program = quantized_program(name, f"{_SMALL[kind]},insert-fake-quant,freeze-quant")
     target = Onnx(opset=opset, form=form)
