@@ -161,7 +161,19 @@ def test_outputs_are_close_and_no_worse_than_under_autocast(name: str, dtype: st
             assert relative(reference, have) < 2 * relative(reference, other) + ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("name", ["conv_bn", "residual", "attention", "bert_sequence", "gpt2", "llama", "t5", "resnet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv_bn",
+        "residual",
+        "attention",
+        "bert_sequence",
+        "gpt2",
+        "llama",
+        pytest.param("t5", marks=pytest.mark.slow),
+        "resnet",
+    ],
+)
 def test_gradients_reach_float32_weights(name: str) -> None:
     model, program = pair(name, labels=name not in PLAIN)
     inputs = make_inputs(program)[0]

@@ -32,7 +32,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_hold_the_masks_of_one(single: Path, mode: str) -> None:
     _run(single, mode)
     for family in CHOSEN:

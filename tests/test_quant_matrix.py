@@ -98,7 +98,7 @@ def minilm() -> gp.Program:
     return gp.trace(model.eval(), check=False)
 
 
-SOME = [("static", "4x1")]
+SOME: list[tuple[str, str]] = []
 ALL = [(way, pattern) for way in ("dynamic", "static", "QAT") for pattern in SPARSITY]
 
 

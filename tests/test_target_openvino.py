@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.artifact.export import _legalize
 from graphprune.artifact.samples import make_inputs, run_program
 from graphprune.errors import LoweringError
 from graphprune.ir.sites import find_sites
+from graphprune.pipeline.legalize import legalized
 from graphprune.pipeline.target import FORMATS, PATTERNS, Support
 from graphprune.sparsity.layout import to_logical
 from graphprune.targets.onnx_model.draft import Draft
@@ -108,7 +108,7 @@ def test_attention_runs_on_integers(tmp_path: Path) -> None:
     """Every matrix product, those of attention among them, reads integers; what lies between is quantized by what makes it."""
     program = _made("bert_sequence", "int8", "4x1")
     target = OpenVino()
-    lowered = target.lower(_legalize(program, target), tmp_path)
+    lowered = target.lower(legalized(program, target.legalize), tmp_path)
     found = _executed(target, tmp_path)
     assert found["Subgraph", "u8"] == 2  # attention of two layers, whose result is quantized in it
     assert not found["Subgraph", "f32"]
@@ -122,7 +122,7 @@ def test_attention_runs_on_integers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_weights_come_back_as_they_were(kind: str, tmp_path: Path) -> None:
     program, target = _made("resnet", kind, "4x1"), OpenVino()
-    legal = _legalize(program, target)
+    legal = legalized(program, target.legalize)
     target.lower(legal, tmp_path)
     _compare_weights(legal, target, tmp_path, "int8" if kind == "int8" else "float32")
 
@@ -216,7 +216,7 @@ def test_a_float16_program(tmp_path: Path) -> None:
 
 def test_a_tied_embedding_is_stored_once(tmp_path: Path) -> None:
     program, target = _made("tied_embedding", "int8"), OpenVino()
-    lowered = target.lower(_legalize(program, target), tmp_path)
+    lowered = target.lower(legalized(program, target.legalize), tmp_path)
     assert lowered.coverage["float kernel"] == ()
     assert (tmp_path / "model.bin").stat().st_size < 2 * 32 * 16 * 2
     assert _difference(target, tmp_path, program) < 1e-2
@@ -225,7 +225,7 @@ def test_a_tied_embedding_is_stored_once(tmp_path: Path) -> None:
 def test_the_same_program_gives_the_same_file(tmp_path: Path) -> None:
     program, digests = _made("conv_bn", "int8"), []
     for name in ("first", "second"):
-        OpenVino().lower(_legalize(program, OpenVino()), _empty(tmp_path / name))
+        OpenVino().lower(legalized(program, OpenVino().legalize), _empty(tmp_path / name))
         digests.append(
             [hashlib.sha256((tmp_path / name / item).read_bytes()).digest() for item in ("model.xml", "model.bin")]
         )
