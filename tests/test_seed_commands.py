@@ -84,6 +84,7 @@ def test_static_quantization_after_training(root: Path, tmp_path: Path) -> None:
     assert gp.verify(out / "onnx").passed
 
 
+@pytest.mark.slow
 def test_quantization_aware_training_with_cached_teacher(root: Path, tmp_path: Path) -> None:
     command = (
         "--model_name_or_path {root}/student --apply_distillation --generate_teacher_logits --teacher_model_name_or_path {root}/teacher "
@@ -100,6 +101,7 @@ def test_quantization_aware_training_with_cached_teacher(root: Path, tmp_path: P
     assert program.properties & gp.Property.FAKE_QUANT
 
 
+@pytest.mark.slow
 def test_magnitude_pruning_with_quantization_aware_training(root: Path, tmp_path: Path) -> None:
     metrics = run(
         root,
