@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from graphprune.commands.arguments import assignments, example_inputs
+from graphprune.commands.arguments import example_inputs
 from graphprune.commands.bench import bench
 from graphprune.commands.console import (
     AsJson,
@@ -44,6 +44,7 @@ from graphprune.commands.train import train
 from graphprune.commands.tune import tune
 from graphprune.commands.verify import verify
 from graphprune.errors import GraphPruneError, RecipeError, suggest
+from graphprune.pipeline.assignments import assignments
 
 if TYPE_CHECKING:
     from graphprune.pipeline.instruments import Timing

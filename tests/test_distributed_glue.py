@@ -18,10 +18,7 @@ from tests.distributed_glue import command, start, write_files
 
 for library in ("datasets", "accelerate", "torchmetrics"):
     pytest.importorskip(library, reason="fine-tuning needs the extra train")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 PRUNED = ("--apply_pruning", "--target_sparsity", "0.5", "--pruning_frequency", "2", "--cooldown_epochs", "0.5")
 EIGHT = ("--per_device_train_batch_size", "8")

@@ -206,7 +206,7 @@ def test_a_changed_weight_is_seen(tmp_path: Path) -> None:
 # -- everywhere -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="this is IPEX's torch")
+@pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="IPEX's own torch is here, and nothing is missing")
 def test_another_torch_is_told_what_to_do(tmp_path: Path) -> None:
     wanted = (
         r"needs torch 2\.8 .*here is torch 2\..*python tools/environment\.py ipex.*pip install \"graphprune\[ipex\]\""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -148,4 +147,3 @@ def test_lowering_in_another_environment(root: Path, tmp_path: Path, monkeypatch
     python.write_text("#!/bin/sh\necho 'error: torch is 2.13 here' >&2\nexit 2\n")
     with pytest.raises(LoweringError, match=r"could not lower .*error: torch is 2.13 here"):
         run(root, "--use_ipex", out)  # finished, so only lowered
-    shutil.rmtree(out)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from graphprune.commands.arguments import assignments, numbers
+from graphprune.commands.arguments import numbers
 from graphprune.commands.console import note, quiet_stdout
+from graphprune.pipeline.assignments import assignments
 
 
 def export(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphprune.commands.arguments import assignments
 from graphprune.commands.console import fail, note, to_stderr
 from graphprune.errors import RecipeError
+from graphprune.pipeline.assignments import assignments
 
 if TYPE_CHECKING:
     from graphprune.importing import Imported

@@ -11,7 +11,7 @@ from graphprune.artifact.checkpoint import load_program
 from graphprune.artifact.export import export
 from graphprune.errors import LoweringError
 from graphprune.ir.program import Program
-from graphprune.pipeline.remote import interpreter
+from graphprune.pipeline.remote import interpreter, variable
 from graphprune.pipeline.target import Target
 
 
@@ -22,10 +22,9 @@ def check_target(target: Target) -> None:
         LoweringError: The target lowers in an environment of its own, and nothing says where that is.
     """
     if _is_elsewhere(target) and interpreter(target.name) is None:
-        variable = f"GRAPHPRUNE_{target.name.upper()}_PYTHON"
         raise LoweringError(
             f"target {target.name} lowers with {target.elsewhere}, which has an environment of its own: python tools/environment.py "
-            f"{target.name} makes it and prints its Python; set {variable} to that"
+            f"{target.name} makes it and prints its Python; set {variable(target.name)} to that"
         )
 
 

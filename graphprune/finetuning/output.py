@@ -45,8 +45,7 @@ def save_outputs(program: Program, tokenizer: Any, folder: Path) -> None:
 def sparsity_of_weights(program: Program) -> float:
     """Fraction of zeros in the weights that can be pruned, the head included, once masks are folded."""
     plain = legalized(program, _PLAIN[:1])
-    sites, left_out = find_sites(plain)
-    del left_out
+    sites, _ = find_sites(plain)
     weights = [plain.tensor(site.name) for site in sites]
     return sum(int((weight == 0).sum()) for weight in weights) / max(1, sum(weight.numel() for weight in weights))
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from graphprune.errors import RecipeError, suggest
 from graphprune.finetuning.arguments import Arguments, CompressionArguments
 from graphprune.finetuning.configurations import configuration
 from graphprune.finetuning.pruning_flags import locks, pruning_passes
+from graphprune.pipeline.assignments import assignments
 from graphprune.pipeline.base import DataPass, Pass
-from graphprune.pipeline.plain_yaml import read_value
 from graphprune.pipeline.recipe import ONLY, Recipe
 from graphprune.pipeline.registry import make_pass, make_target
 from graphprune.pipeline.stages import DistillationSettings, Stage
@@ -51,7 +50,7 @@ def plan(arguments: Arguments) -> Recipe:
         both = [f"--{name}" for name in _BY_FLAGS if name in arguments.said and name != "apply_distillation"]
         if both:
             raise RecipeError(f"--recipe and {both[0]} are two recipes; write into the recipe what {both[0]} should do")
-        recipe = Recipe.load(told.recipe, **_variables(told.recipe_args))
+        recipe = Recipe.load(told.recipe, **assignments(told.recipe_args, "--recipe_args"))
     elif told.recipe_args:
         raise RecipeError("--recipe_args sets variables of a recipe; give --recipe FILE")
     else:
@@ -167,20 +166,10 @@ def _target(told: CompressionArguments) -> Target | None:
     name = told.export_target or "ipex"
     if told.use_ipex and name != "ipex":
         raise RecipeError(f"--use_ipex exports to ipex, --export_target says {name}; give one")
-    return make_target(name, _variables(told.export_option, "--export_option"), "--export_target")
+    return make_target(name, assignments(told.export_option, "--export_option"), "--export_target")
 
 
 def _preset(told: CompressionArguments) -> str:
     return told.quantization_preset or _PRESETS.get(
         "ipex" if told.use_ipex else told.export_target or "onnx", "onnxruntime"
     )
-
-
-def _variables(texts: list[str] | None, option: str = "--recipe_args") -> dict[str, Any]:
-    found = {}
-    for text in texts or []:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise RecipeError(f"{option} {text}: write NAME=VALUE")
-        found[name] = read_value(value)
-    return found

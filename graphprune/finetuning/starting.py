@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from graphprune.errors import GraphPruneError
 from graphprune.finetuning.arguments import ModelArguments
+from graphprune.finetuning.explaining import explained
 from graphprune.tasks.data_settings import DataSettings
 from graphprune.tasks.ner import NerTask, tokenizer_arguments
 from graphprune.tasks.task import Task, make_task
@@ -30,7 +30,7 @@ def load_start(
 
     first = start == told.model_name_or_path
     options = {"cache_dir": told.cache_dir, "revision": told.model_revision if first else "main", "token": told.token}
-    try:
+    with explained(start):
         config = transformers.AutoConfig.from_pretrained((told.config_name if first else None) or start, **options)
         extra = tokenizer_arguments(config.model_type) if name == NerTask.name else {}
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -47,7 +47,4 @@ def load_start(
             attn_implementation=attention,
             **options,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise GraphPruneError(f"{start} cannot be loaded: {reason}; give a folder or a hub id") from error
     return task, model

@@ -12,6 +12,7 @@ from torch import nn
 from graphprune.artifact.checkpoint import load_program
 from graphprune.artifact.files import PROGRAM
 from graphprune.errors import GraphPruneError
+from graphprune.finetuning.explaining import explained
 from graphprune.pipeline.stages import DistillationSettings
 from graphprune.tasks.task import Task
 from graphprune.training.distillation import Distillation
@@ -97,13 +98,9 @@ def load_teacher(name: str, task: Task, attention: str | None = None) -> nn.Modu
 
     if (Path(name) / PROGRAM).is_file():
         return load_program(name).eval().requires_grad_(False)
-    try:
-        model: nn.Module = getattr(transformers, task.auto_class).from_pretrained(
-            name, dtype="float32", attn_implementation=attention
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise GraphPruneError(f"teacher {name} cannot be loaded: {reason}; give a folder or a hub id") from error
+    with explained(f"teacher {name}"):
+        loader = getattr(transformers, task.auto_class)
+        model: nn.Module = loader.from_pretrained(name, dtype="float32", attn_implementation=attention)
     return model.eval().requires_grad_(False)
 
 
@@ -111,11 +108,8 @@ def _config(name: str) -> Any:
     """The config of a teacher, without its weights."""
     from transformers import AutoConfig
 
-    try:
+    with explained(f"teacher {name}"):
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise GraphPruneError(f"teacher {name} cannot be loaded: {reason}; give a folder or a hub id") from error
 
 
 def _tokenizer(name: str, task: Task) -> Any:
@@ -123,10 +117,5 @@ def _tokenizer(name: str, task: Task) -> Any:
 
     if name == SELF:
         return task.tokenizer
-    try:
+    with explained(f"the tokenizer of teacher {name}, which is compared with the student's,"):
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise GraphPruneError(
-            f"the tokenizer of teacher {name} cannot be loaded, so it cannot be compared with the student's: {reason}"
-        ) from error

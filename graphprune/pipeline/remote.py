@@ -28,16 +28,22 @@ from graphprune.pipeline.target import Run, StoredWeight, Target
 Arrays = Mapping[str, np.ndarray]
 
 
+def variable(target: str) -> str:
+    """The environment variable that names the Python of a target's own environment."""
+    return f"GRAPHPRUNE_{target.upper().replace('-', '_')}_PYTHON"
+
+
 def interpreter(target: str) -> str | None:
     """The Python that ``GRAPHPRUNE_<TARGET>_PYTHON`` names; None where it is not set.
 
     Raises:
         LoweringError: It names no file.
     """
-    variable = f"GRAPHPRUNE_{target.upper().replace('-', '_')}_PYTHON"
-    path = os.environ.get(variable)
+    path = os.environ.get(variable(target))
     if path and not Path(path).is_file():
-        raise LoweringError(f"{variable}={path} is no file; name the Python of the environment that has {target}")
+        raise LoweringError(
+            f"{variable(target)}={path} is no file; name the Python of the environment that has {target}"
+        )
     return path or None
 
 
@@ -208,7 +214,7 @@ class _Server:
     model: Run
 
     def open(self, target: str, options: Mapping[str, object], folder: str, threads: int | None) -> None:
-        os.environ.pop(f"GRAPHPRUNE_{target.upper().replace('-', '_')}_PYTHON", None)  # this is it
+        os.environ.pop(variable(target), None)  # this is it
         self.target, self.folder = make_target(target, options), Path(folder)
         self.model = self.target.open(self.folder, threads)
 

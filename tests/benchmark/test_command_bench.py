@@ -17,31 +17,12 @@ import pytest
 import torch
 
 import graphprune as gp
-from graphprune.artifact import benchmark as module
 from graphprune.artifact.benchmark import benchmark
 from graphprune.artifact.comparison import Benchmark
 from graphprune.errors import GraphPruneError, LoweringError, VerifyError
-from tests.benched import LATENCY, FakeRemote, edited, make_artifacts, refused, run
+from tests.benchmark.artifacts import FakeRemote, edited, refused, run
 
 pytest.importorskip("onnxruntime", reason="the ONNX target needs the extra onnx")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_artifacts(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def mlp(made: Path) -> list[Path]:
-    return [made / "mlp" / name for name in LATENCY]
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeRemote]:
-    FakeRemote.log, FakeRemote.answers = [], {}
-    monkeypatch.setattr(module, "Remote", FakeRemote)
-    monkeypatch.setattr(module, "_cores", lambda: 4)
-    return FakeRemote
 
 
 # real processes

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from typer.testing import CliRunner, Result
 
 import graphprune as gp
@@ -17,8 +16,6 @@ from graphprune.artifact.manifest import Manifest
 from graphprune.artifact.samples import read_samples
 from graphprune.pipeline.target import Target
 from tests.traced import traced
-
-pytest.importorskip("onnxruntime", reason="the ONNX target needs the extra onnx")
 
 SPARSE = "insert-masks{pattern=4x1,sparsity=0.5,criterion=magnitude,schedule=one-shot,scope=local}"
 LATENCY = {"dense": 0.08, "sparse": 0.04, "dense-int8": 0.02, "sparse-int8": 0.01}

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import graphprune as gp
-from graphprune.artifact import benchmark as module
 from graphprune.artifact.benchmark import benchmark
 from graphprune.artifact.common_inputs import common_sizes, fill
 from graphprune.artifact.comparison import Benchmark, Spread
@@ -20,28 +19,10 @@ from graphprune.artifact.contenders import read_entries
 from graphprune.artifact.samples import make_inputs, read_samples
 from graphprune.errors import GraphPruneError, VerifyError
 from graphprune.targets.onnx import Onnx
-from tests.benched import LATENCY, FakeRemote, edited, make_artifacts, run
+from tests.benchmark.artifacts import LATENCY, FakeRemote, edited, run
 from tests.traced import traced
 
 pytest.importorskip("onnxruntime", reason="the ONNX target needs the extra onnx")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_artifacts(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def mlp(made: Path) -> list[Path]:
-    return [made / "mlp" / name for name in LATENCY]
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeRemote]:
-    FakeRemote.log, FakeRemote.answers = [], {}
-    monkeypatch.setattr(module, "Remote", FakeRemote)
-    monkeypatch.setattr(module, "_cores", lambda: 4)
-    return FakeRemote
 
 
 # what is measured
