@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from graphprune.errors import GraphPruneError, RecipeError, suggest
-from graphprune.finetuning.older_flags import translate
+from graphprune.finetuning.older_flags import RENAMED, translate
 from graphprune.tasks.data_settings import DataSettings, flag
 
 
@@ -148,7 +148,7 @@ def parse_arguments(argv: Sequence[str], prog: str) -> Arguments:
     known = [word.partition("=")[0] for word in words if word.startswith("--")]
     for word in known:
         if word not in flags:
-            spelled = [option for option in flags if "-" not in option[2:]]
+            spelled = [*(option for option in flags if "-" not in option[2:]), *RENAMED]
             raise RecipeError(f"unknown flag {word}{suggest(word, spelled)}; {prog} --help lists all of them")
     try:
         model, data, compression, training = parser.parse_args_into_dataclasses(words, look_for_args_file=False)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from graphprune.errors import RecipeError
 
-_RENAMED = {
+RENAMED = {
     "--do_prune": "--apply_pruning",
     "--pruning_pattern": "--pattern",
     "--pruning_type": "--pruning_approach",
@@ -45,8 +45,8 @@ def _words(argv: Sequence[str]) -> Iterator[str]:
             yield _ratio(value if equals else next(words, ""))
         elif flag == "--save_onnx_model":
             yield from ("--export_target", "onnx")
-        elif flag in _RENAMED:
-            yield _RENAMED[flag] + equals + value
+        elif flag in RENAMED:
+            yield RENAMED[flag] + equals + value
         else:
             yield (flag + equals + value) if flag.startswith("--") else word
 
