@@ -25,6 +25,22 @@ settings.register_profile(
 settings.load_profile("graphprune")
 
 _GOLDEN = Path(__file__).parent / "golden"
+_AGAIN = {"bert_sequence", "bert_token", "distilbert_qa", "roberta"}
+"""Models with the layers of `bert_qa`: where a test runs on that too, they are left to the slow tests."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark a test slow that repeats what the same test checks on another model of the family."""
+
+    def models(item: pytest.Item) -> set[str]:
+        values = getattr(getattr(item, "callspec", None), "params", {}).values()
+        return {value for value in values if isinstance(value, str)}
+
+    on_bert = {item.nodeid.partition("[")[0] for item in items if "bert_qa" in models(item)}
+    for item in items:
+        if models(item) & _AGAIN and item.nodeid.partition("[")[0] in on_bert:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,9 @@ def first_loss(program: gp.Program, inputs: dict[str, Tensor]) -> Tensor:
     return loss if loss is not None else output.square().mean()
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("t5", "llama") else ()) for name in ARCHITECTURES]
+)
 def test_the_whole_way(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the ONNX target needs the extra onnx")
     model = MODELS[name]()

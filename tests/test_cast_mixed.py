@@ -120,8 +120,10 @@ def doubled(program: Program) -> list[fx.Node]:
 # -- numbers --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("store", [False, True])
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("train", "store"),
+    [(False, True), (True, False), *(pytest.param(both, both, marks=pytest.mark.slow) for both in (False, True))],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_dtypes_are_those_that_the_graph_shows(name: str, train: bool, store: bool) -> None:
     program = traced(name, labels=name not in PLAIN)

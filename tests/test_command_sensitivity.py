@@ -63,6 +63,7 @@ def command(*options: str | Path, metric: str = "my_metric:norm") -> Result:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_killed_process_goes_on(work: Path) -> None:
     line = [
         sys.executable, "-c", "from graphprune.cli import main; main()", "sensitivity", "tests.models:mlp", "--input", "x=4x16",

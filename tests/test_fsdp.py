@@ -16,6 +16,7 @@ import torch
 
 from tests.sharded_training import CASES, STEPS, build, held, train
 
+pytestmark = pytest.mark.slow  # test_distributed_glue.py shards too, by the Trainer
 ROOT = Path(__file__).parent.parent
 PROCESSES = 2
 

@@ -36,9 +36,9 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
 
 
 def test_some_articles_are_taken(tmp_path: Path) -> None:
-    one = write(tmp_path, "one.json", squad(*((f"context {at}", [("what?", [str(at)])]) for at in range(3))))
-    assert "2 articles, 2 questions" in join(f"{tmp_path}/out.json", one, "--articles", "1:").stdout
+    files = [write(tmp_path, f"{at}.json", squad((f"context {at}", [("what?", [str(at)])]))) for at in range(3)]
+    assert "2 articles, 2 questions" in join(f"{tmp_path}/out.json", *files, "--articles", "1:").stdout
     contexts = [item["paragraphs"][0]["context"] for item in json.loads((tmp_path / "out.json").read_text())["data"]]
     assert contexts == ["context 1", "context 2"]
-    assert "leaves none" in join(f"{tmp_path}/out.json", one, "--articles", "3:").stderr
-    assert "form FIRST:END" in join(f"{tmp_path}/out.json", one, "--articles", "a").stderr
+    assert "leaves none" in join(f"{tmp_path}/out.json", *files, "--articles", "3:").stderr
+    assert "form FIRST:END" in join(f"{tmp_path}/out.json", *files, "--articles", "a").stderr

@@ -332,7 +332,14 @@ def test_the_command_prints_worst_nodes_first(artifact: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", "residual", "attention", "shared_weight", "tied_embedding", "gpt2_conv1d", "grouped_conv"]
+    "name",
+    [
+        *("residual", "attention", "tied_embedding"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("mlp", "shared_weight", "gpt2_conv1d", "grouped_conv")
+        ),
+    ],
 )
 def test_small_models_pass(name: str, tmp_path: Path) -> None:
     report = gp.verify(gp.export(_quantized(name), "onnx", tmp_path / "out").folder, per_node=True).nodes

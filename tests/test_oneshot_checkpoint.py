@@ -212,9 +212,8 @@ prune_checkpoint({source!r}, recipe({criterion!r}), batches(), {out!r}, save_sec
 
 
 @pytest.mark.usefixtures("traced_once")
-@pytest.mark.parametrize(
-    ("criterion", "after"), [("sparsegpt", 14), pytest.param("magnitude", 9, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("criterion", "after"), [("sparsegpt", 14), ("magnitude", 9)])
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(llama: Path, criterion: str, after: int, tmp_path: Path) -> None:
     prune_checkpoint(llama, recipe(criterion), batches(), tmp_path / "whole")
     code = _KILLED.format(

@@ -180,6 +180,7 @@ def test_group_lasso_shrinks_units_and_stays_finite(program: gp.Program) -> None
     assert min(norms, key=lambda name: norms[name]) != "none"
 
 
+@pytest.mark.slow
 def test_a_kill_loses_nothing(tmp_path: Path) -> None:
     """kill -9 in the middle and resume: bit-identical weights and masks for every family of criteria."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

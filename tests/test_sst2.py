@@ -43,6 +43,7 @@ def run_tool(*options: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_quick_table_has_all_rows_and_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

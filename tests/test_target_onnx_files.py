@@ -46,6 +46,7 @@ def test_names_are_those_of_the_source() -> None:
     assert "bert.encoder.layer.1.output.dense.weight_scale" in initializers
 
 
+@pytest.mark.slow
 def test_t5_names_its_two_sequences() -> None:
     graph = onnx.load(lower_once("t5", False)[0] / "model.onnx").graph
     shapes = {item.name: [size.dim_param for size in item.type.tensor_type.shape.dim] for item in graph.input}

@@ -58,6 +58,7 @@ def test_the_runtime_of_another_environment(mlp: list[Path], monkeypatch: pytest
     assert (tmp_path / "log").read_text() == "started\n"
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_process_is_its_own() -> None:
     ballast = np.ones(100_000_000)  # 800 MB, which a child process has for a moment too
     code = "from graphprune.pipeline.remote import _Server; print(_Server().memory())"
