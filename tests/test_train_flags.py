@@ -203,3 +203,11 @@ def test_a_recipe_with_flags_over_it(tmp_path: Path) -> None:
 def test_distillation_that_is_refused(text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         plan(told(text))
+
+
+def test_bfloat16_on_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers refuses it there without --use_cpu; whoever has no GPU need not say so."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    training = told("--output_dir out --bf16").training
+    assert training.bf16
+    assert training.device.type == "cpu"

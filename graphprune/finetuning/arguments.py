@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from graphprune.errors import GraphPruneError, RecipeError, suggest
 from graphprune.finetuning.older_flags import RENAMED, translate
 from graphprune.tasks.data_settings import DataSettings, flag
@@ -144,6 +146,8 @@ def parse_arguments(argv: Sequence[str], prog: str) -> Arguments:
         except (OSError, ValueError, TypeError) as error:
             raise RecipeError(f"{argv[0]}: {error}") from error
     words = translate(argv)
+    if "--bf16" in words and "--use_cpu" not in words and not torch.accelerator.is_available():
+        words.append("--use_cpu")  # which transformers asks for before it computes bfloat16 there
     flags = {option: action.dest for action in parser._actions for option in action.option_strings}
     known = [word.partition("=")[0] for word in words if word.startswith("--")]
     for word in known:

@@ -30,6 +30,8 @@ def stage_training(training: Any, settings: TrainingSettings, said: frozenset[st
         values.pop("max_steps", None)
     values |= {"output_dir": str(folder), "label_names": training.label_names, "remove_unused_columns": False}
     values["dataloader_pin_memory"] = training.dataloader_pin_memory and training.device.type == "cuda"
+    if values.get("bf16") and training.device.type == "cpu":
+        values["use_cpu"] = True  # which transformers asks for before it computes bfloat16 there
     return dataclasses.replace(training, **values)
 
 
