@@ -11,14 +11,18 @@ from graphprune.passes.find_prunable import FindPrunable
 from graphprune.passes.fold_conv_bn import FoldConvBn
 from graphprune.passes.fold_masks import FoldMasks
 from graphprune.passes.freeze_quant import FreezeQuant
+from graphprune.passes.fuse_epilogues import FuseEpilogues
 from graphprune.passes.inline_blocks import InlineBlocks
 from graphprune.passes.insert_fake_quant import InsertFakeQuant
 from graphprune.passes.insert_masks import InsertMasks
 from graphprune.passes.insert_observers import InsertObservers
 from graphprune.passes.keep_outputs import KeepOutputs
+from graphprune.passes.keep_panels import KeepPanels
 from graphprune.passes.lock_masks import LockMasks
+from graphprune.passes.pack_linear import PackLinear
 from graphprune.passes.partition_blocks import PartitionBlocks
 from graphprune.passes.remove_dead import RemoveDead
+from graphprune.passes.remove_dropout import RemoveDropout
 from graphprune.passes.remove_quant import RemoveQuant
 from graphprune.passes.smooth_quant import SmoothQuant
 
@@ -34,14 +38,18 @@ __all__ = [
     "FoldConvBn",
     "FoldMasks",
     "FreezeQuant",
+    "FuseEpilogues",
     "InlineBlocks",
     "InsertFakeQuant",
     "InsertMasks",
     "InsertObservers",
     "KeepOutputs",
+    "KeepPanels",
     "LockMasks",
+    "PackLinear",
     "PartitionBlocks",
     "RemoveDead",
+    "RemoveDropout",
     "RemoveQuant",
     "SmoothQuant",
 ]

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from graphprune.ir.calling import insert_call
 from graphprune.ir.program import Program
 from graphprune.pipeline.base import Coverage, Pass, PassResult
 
@@ -89,12 +90,4 @@ class _Writer:
         return self.call(aten.dropout.default, weights, probability, training)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new operator, with the value that shape inference gives it."""
-        made = self.graph.call_function(target, args, kwargs)
-        made.meta["nn_module_stack"] = self.node.meta.get("nn_module_stack")
-        values = fx.node.map_arg((args, kwargs), lambda item: item.meta.get("val", False))  # type: ignore[misc]
-        given, named = values
-        result = target(*given, **named)
-        assert isinstance(result, Tensor)
-        made.meta["val"] = result
-        return made
+        return insert_call(self.graph, self.node, target, *args, **kwargs)

@@ -6,6 +6,7 @@ from graphprune.targets.ipex import Ipex
 from graphprune.targets.onnx import Onnx
 from graphprune.targets.openvino import OpenVino
 from graphprune.targets.reference import Reference
+from graphprune.targets.sparse_cpu import SparseCpu
 from graphprune.targets.torch import Torch
 
-__all__ = ["DeepSparse", "Inductor", "Ipex", "Onnx", "OpenVino", "Reference", "Torch"]
+__all__ = ["DeepSparse", "Inductor", "Ipex", "Onnx", "OpenVino", "Reference", "SparseCpu", "Torch"]

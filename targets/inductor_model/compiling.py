@@ -20,8 +20,10 @@ from graphprune.ir.origin import origin
 from graphprune.ir.program import Program
 from graphprune.pipeline.quiet import quiet
 
-_SIZES = {0: 2}
-_OTHER = 8
+_FIRST = 2
+_OTHERS = (128, 32, 8)
+"""Free sizes to export with: the first dimension, and the others. Inductor decides by them what is worth threads, so that they must not be
+small; where a model takes no longer inputs, the next one is tried."""
 _LOGGERS = ("torch.export", "torch._export", "torch._inductor", "torch._dynamo", "torch._functorch")
 
 
@@ -60,9 +62,7 @@ def compile_package(program: Program, path: Path) -> list[list[int | None]]:
     check_compiler()
     with torch.no_grad(), quiet(*_LOGGERS), _own_cache(), _unfolded():
         try:
-            exported = torch.export.export(
-                program, (), example_inputs(program), dynamic_shapes=_dynamic_shapes(program), strict=False
-            )
+            exported = _export(program)
             largest = _limits(program, exported)
             inductor: Any = torch._inductor
             inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_options())
@@ -73,11 +73,23 @@ def compile_package(program: Program, path: Path) -> list[list[int | None]]:
     return largest
 
 
-def example_inputs(program: Program) -> dict[str, Tensor]:
-    """Tensors to export with, by name: fixed sizes as traced, 2 for a dynamic first dimension, 8 for others."""
+def _export(program: Program) -> Any:
+    """Export with the largest free sizes that the model takes."""
+    shapes = _dynamic_shapes(program)
+    for size in _OTHERS:
+        try:
+            return torch.export.export(program, (), _examples(program, size), dynamic_shapes=shapes, strict=False)
+        except Exception:
+            if size == _OTHERS[-1]:
+                raise
+    raise AssertionError
+
+
+def _examples(program: Program, other: int) -> dict[str, Tensor]:
+    """Tensors to export with, by name: fixed sizes as traced."""
     return {
         item.name: torch.ones(
-            [size if isinstance(size, int) else _SIZES.get(dim, _OTHER) for dim, size in enumerate(item.shape)],
+            [size if isinstance(size, int) else other if dim else _FIRST for dim, size in enumerate(item.shape)],
             dtype=item.dtype,
         )
         for item in program.interface.inputs

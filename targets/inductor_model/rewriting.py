@@ -42,8 +42,12 @@ def integers_of(scale: str) -> str:
     return f"{scale.removesuffix('_scale')}_integers"
 
 
-def inference_copy(program: Program) -> tuple[Program, tuple[str, ...]]:
+def inference_copy(program: Program, also: tuple[object, ...] = ()) -> tuple[Program, tuple[str, ...]]:
     """A copy in eval mode, without the loss, that answers with a tuple of its tensors, and their names.
+
+    Args:
+        program: Left as it is.
+        also: Operators of no namespace of torch's that have kernels where the package runs.
 
     Raises:
         LoweringError: A mask, gate or observer is left, or an operator needs Python to run.
@@ -56,7 +60,7 @@ def inference_copy(program: Program) -> tuple[Program, tuple[str, ...]]:
         raise LoweringError(f"{origin(node)} is left in the graph; run fold-masks and freeze-quant first")
     for node in program.nodes():
         target = node.target
-        ours = target in (ops.fake_quantize, ops.dynamic_fake_quantize)
+        ours = target in (ops.fake_quantize, ops.dynamic_fake_quantize, *also)
         if isinstance(target, torch._ops.OpOverload) and target.namespace not in _NATIVE and not ours:
             raise LoweringError(
                 f"{origin(node)} is an operator of {target.namespace}, which a package that runs without Python cannot call; write it with "

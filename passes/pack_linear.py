@@ -1,0 +1,208 @@
+"""Store sparse linear layers without their zeros, and multiply by what is left.
+
+Before: ``linear(x, w, b)``.  After: ``sparse_linear(pack(x), values, columns, starts, b)``.
+Before: ``linear(fake_quantize(x), fake_quantize(w), b)``, uint8 by int8.  After: ``sparse_linear_int8(pack_bytes(x), ...)``.
+Layers that read the same value share its panels.  The operators, and what a panel is: ``graphprune/ir/sparse_operators.py``.
+
+Floats are equal up to the order of sums. Integers are exact: the sums are those of int8, and the float result is theirs times the scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.errors import PassError
+from graphprune.ir import ops
+from graphprune.ir.calling import insert_call
+from graphprune.ir.program import Program, eliminate_dead
+from graphprune.ir.properties import Property
+from graphprune.ir.selection import Selection
+from graphprune.ir.sites import Site
+from graphprune.ir.sparse_operators import pack, pack_bytes, sparse_linear, sparse_linear_int8
+from graphprune.pipeline.base import Coverage, Pass, PassResult
+from graphprune.sparsity.layout import Layout, to_logical
+from graphprune.sparsity.packed import choose_block, pack_matrix
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class PackLinear(Pass):
+    """Store the weights of sparse linear layers packed. For inference: packed weights have no gradient.
+
+    Attributes:
+        at_least: Fraction of zeros below which a layer stays dense.
+        select: As for ``find-prunable``.
+        exclude: As for ``find-prunable``.
+    """
+
+    name = "pack-linear"
+    forbids = Property.PARTITIONED | Property.MASKED | Property.OBSERVED
+
+    at_least: float = 0.6
+    select: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.at_least <= 1:
+            raise PassError(f"at_least={self.at_least} is not in [0, 1]")
+
+    @torch.no_grad()
+    def run(self, program: Program) -> PassResult:
+        """Rewrite the layers; weights that nothing uses any more are removed."""
+        sites, excluded = Selection(self.select, self.exclude, include_last=True).split(program)
+        left_out = {item.name: item.reason for item in excluded}
+        matched, stored, entries = [], 0, 0
+        for site in sites:
+            reason = self._obstacle(program, site)
+            if reason is not None:
+                left_out[site.name] = reason
+                continue
+            stored += _pack_site(program, site)
+            entries += site.parameters
+            matched.append(site.name)
+        if matched:
+            eliminate_dead(program.graph)
+            for name in matched:
+                if program.attribute(name) is None:
+                    module, _, leaf = name.rpartition(".")
+                    delattr(program.get_submodule(module), leaf)
+            program.recompile()
+        stats = {"packed": len(matched), "entries": entries, "stored": stored}
+        return PassResult(program, bool(matched), stats, Coverage(tuple(matched), left_out))
+
+    def _obstacle(self, program: Program, site: Site) -> str | None:
+        """Why a layer stays as it is."""
+        if site.layout is Layout.CONV:
+            return f"{site.op}: packed weights are of linear layers"
+        weight = program.tensor(site.name)
+        if weight.dtype is not torch.float32:
+            return f"{weight.dtype}: kernels take float32 and int8"
+        if site.shape[1] > 2**16:
+            return f"{site.shape[1]} inputs: columns are numbers of 16 bits"
+        zeros = 1 - float(weight.count_nonzero()) / weight.numel()
+        if zeros < self.at_least:
+            return f"{zeros:.1%} of its weights are zero, less than at_least={self.at_least}"
+        return next((reason for use in site.uses if (reason := _unfit(program, _node(program, use))) is not None), None)
+
+
+def _node(program: Program, name: str) -> fx.Node:
+    return next(node for node in program.graph.nodes if node.name == name)
+
+
+def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node, Any]:
+    """Activation, weight and bias of a linear operator."""
+    if node.target is aten.addmm.default:
+        return node.args[1], node.args[2], node.args[0]  # type: ignore[return-value]
+    return node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None  # type: ignore[return-value]
+
+
+def _unfit(program: Program, node: fx.Node) -> str | None:
+    """Why one use of a weight cannot be packed."""
+    activation, weight, bias = _parts(node)
+    if node.kwargs:
+        return "its operator scales the bias or the product"
+    if bias is not None and (bias.op != "get_attr" or bias.meta["val"].dim() != 1):
+        return "its bias is no vector of the model"
+    if weight.target is not ops.fake_quantize:
+        return None if weight.op == "get_attr" else f"{weight.target} lies between it and its operator"
+    if activation.target is not ops.fake_quantize:
+        return "its activations are not quantized, or at run time, and there is no sparse kernel for that"
+    _, scale, _, low, high, *rest = activation.args
+    if (low, high) != (0, 255) or program.tensor(str(scale.target)).numel() != 1:  # type: ignore[union-attr]
+        return f"its activations are quantized to {low} to {high}; the kernels take uint8:affine:tensor"
+    _, _, zero_point, low, high, *rest = weight.args
+    if (
+        low < -128
+        or high > 127
+        or low >= 0
+        or (len(rest) > 1 and rest[1])
+        or program.tensor(str(zero_point.target)).any()
+    ):  # type: ignore[operator, union-attr]
+        return "it is not quantized by int8:symmetric; the kernels take that, with a scale a channel or one"
+    if rest and rest[0] not in (
+        -1,
+        1 if node.target in (aten.addmm.default, aten.mm.default, aten.matmul.default) else 0,
+    ):
+        return "it has a scale for each input"
+    return None
+
+
+def _pack_site(program: Program, site: Site) -> int:
+    """Rewrite all uses of a weight. Returns how many entries are stored."""
+    weight = to_logical(program.tensor(site.name), site.layout).contiguous()
+    stored = 0
+    for number, use in enumerate(site.uses):
+        node = _node(program, use)
+        prefix = site.name if number == 0 else f"{site.name}_{number}"
+        quantized = _parts(node)[1].target is ops.fake_quantize
+        write = _write_integers if quantized else _write_floats
+        result, stored = write(program, node, weight, prefix)
+        node.replace_all_uses_with(result)
+        program.graph.erase_node(node)
+    return stored
+
+
+def _buffers(program: Program, prefix: str, values: dict[str, Tensor]) -> list[fx.Node]:
+    nodes = []
+    for name, value in values.items():
+        program.add_buffer(f"{prefix}_{name}", value)
+        nodes.append(program.graph.get_attr(f"{prefix}_{name}"))
+        nodes[-1].meta["val"] = value.to("meta")
+    return nodes
+
+
+def _sizes(program: Program, node: fx.Node, activation: fx.Node) -> list[Any]:
+    """Sizes of the tokens: numbers, or operators that read them where they are free."""
+    shape = activation.meta["val"].shape[:-1]
+    return [
+        size if isinstance(size, int) else insert_call(program.graph, node, aten.sym_size.int, activation, dim)
+        for dim, size in enumerate(shape)
+    ]
+
+
+def _panels(program: Program, node: fx.Node, activation: fx.Node, target: Any, *options: float) -> fx.Node:
+    """The panels of a value: those that there are, or new ones right behind it."""
+    for user in activation.users:
+        if user.target is target and user.args == (activation, *options):
+            return user
+    with program.graph.inserting_after(activation):
+        return insert_call(program.graph, node, target, activation, *options)
+
+
+def _write_floats(program: Program, node: fx.Node, weight: Tensor, prefix: str) -> tuple[fx.Node, int]:
+    activation, _, bias = _parts(node)
+    packed = pack_matrix(weight, choose_block(weight))
+    panels = _panels(program, node, activation, pack)
+    with program.graph.inserting_before(node):
+        parts = _buffers(program, prefix, {"values": packed.values, "columns": packed.columns, "starts": packed.starts})
+        sizes = _sizes(program, node, activation)
+        made = insert_call(program.graph, node, sparse_linear, panels, *parts, bias, None, sizes, len(weight))
+    return made, packed.values.numel()
+
+
+def _write_integers(program: Program, node: fx.Node, weight: Tensor, prefix: str) -> tuple[fx.Node, int]:
+    activation, quantized, bias = _parts(node)
+    value, scale, zero_point = activation.args[:3]
+    step, zero = (program.tensor(str(item.target)).item() for item in (scale, zero_point))  # type: ignore[union-attr]
+    scales = program.tensor(str(quantized.args[1].target)).detach().float().reshape(-1).expand(len(weight))  # type: ignore[union-attr]
+    low, high = quantized.args[3:5]
+    grid = torch.round(weight / scales.unsqueeze(1)).clamp_(low, high).to(torch.int8)  # type: ignore[arg-type]
+    packed = pack_matrix(grid, choose_block(grid))
+    correction = (grid.sum(dim=1, dtype=torch.int64) * int(zero)).to(torch.int32)
+    panels = _panels(program, node, value, pack_bytes, step, int(zero))  # type: ignore[arg-type]
+    with program.graph.inserting_before(node):
+        buffers = {
+            "values": packed.values,
+            "columns": packed.columns,
+            "starts": packed.starts,
+            "correction": correction,
+        }
+        parts = _buffers(program, prefix, {**buffers, "scales": (scales * step).contiguous()})
+        sizes = _sizes(program, node, value)  # type: ignore[arg-type]
+        made = insert_call(program.graph, node, sparse_linear_int8, panels, *parts, bias, None, sizes, len(weight))
+    return made, packed.values.numel()

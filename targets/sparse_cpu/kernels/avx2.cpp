@@ -1,0 +1,61 @@
+// AVX2 and FMA: 8 floats a register. Bytes are widened to 16 bits, whose products add up in 32 bits without loss.
+#include "linear.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define TARGET "avx2,fma"
+#include "begin_target.inl"
+#define LANES 8
+#define WIDTH 2
+#include "vectors.inl"
+#include "plain.inl"
+
+namespace graphprune {
+namespace {
+
+// Integer sums of one block row over 64 tokens, in their order; see linear.h for the order of bytes.
+template <int R>
+inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* columns, int64_t groups,
+                       int32_t (&sums)[R][kPanel]) {
+  for (int place = 0; place < kPanel; place += 16) {
+    __m256i sum[R][2];
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int half = 0; half < 2; ++half) {
+        const uint16_t* pair = columns + g * kGroup + half * 2;
+        const __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + size_t{pair[0]} * kPanel + place)));
+        const __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + size_t{pair[1]} * kPanel + place)));
+        const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+        for (int r = 0; r < R; ++r) {
+          const int8_t* w = values + (g * R + r) * kGroup + half * 2;
+          const __m256i weight = _mm256_set1_epi32((static_cast<int32_t>(w[1]) << 16) | (static_cast<int32_t>(w[0]) & 0xffff));
+          sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(low, weight));
+          sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(high, weight));
+        }
+      }
+    }
+    // Register 0 has places 0-3 and 8-11, register 1 has 4-7 and 12-15; place 4 j of a sixteen is token 16 j of each quarter.
+    for (int r = 0; r < R; ++r) {
+      int32_t* to = sums[r] + place / 4;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(sum[r][0]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), _mm256_castsi256_si128(sum[r][1]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 32), _mm256_extracti128_si256(sum[r][0], 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 48), _mm256_extracti128_si256(sum[r][1], 1));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace graphprune
+
+#include "kernels.inl"
+
+namespace graphprune {
+const Kernels& avx2_kernels() {
+  static const Kernels kernels{"avx2", pack, pack_bytes, linear, integer_linear};
+  return kernels;
+}
+}  // namespace graphprune
+#include "end_target.inl"
+#endif

@@ -1,0 +1,100 @@
+// AVX-512: 16 floats a register, products of bytes four at a time by VNNI.
+#include "linear.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma"
+#include "begin_target.inl"
+#define LANES 16
+#define WIDTH 4
+#include "vectors.inl"
+
+namespace graphprune {
+namespace {
+
+// 16 x 16 floats to their transpose, plus `residual` of the same place if there is one.
+inline void transpose16(const float* from, int64_t stride, const float* residual, float* to, int64_t to_stride) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b[i]), _mm512_castps_pd(b[i + 2])));
+    a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b[i]), _mm512_castps_pd(b[i + 2])));
+    a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b[i + 1]), _mm512_castps_pd(b[i + 3])));
+    a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b[i + 1]), _mm512_castps_pd(b[i + 3])));
+  }
+  // a[4 q + c] has, in quarter l, rows 4 q to 4 q + 3 of column 4 l + c.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), high = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+    const __m512 low2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88), high2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+    b[c] = _mm512_shuffle_f32x4(low, low2, 0x88);
+    b[8 + c] = _mm512_shuffle_f32x4(low, low2, 0xdd);
+    b[4 + c] = _mm512_shuffle_f32x4(high, high2, 0x88);
+    b[12 + c] = _mm512_shuffle_f32x4(high, high2, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const __m512 x = residual == nullptr ? b[i] : _mm512_add_ps(b[i], _mm512_loadu_ps(residual + i * to_stride));
+    _mm512_storeu_ps(to + i * to_stride, x);
+  }
+}
+
+// 64 bytes in the order of tokens to the order of `byte_place`: 4 x 4 pieces of four bytes, transposed.
+inline void reorder_bytes(const uint8_t* from, uint8_t* to) {
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_loadu_si512(from)));
+}
+
+// Integer sums of one block row over 64 tokens, in their order: four columns unpack into four registers of four bytes a token.
+template <int R>
+inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* columns, int64_t groups,
+                       int32_t (&sums)[R][kPanel]) {
+  __m512i sum[R][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_setzero_si512();
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint16_t* c = columns + g * kGroup;
+    const __m512i x0 = _mm512_loadu_si512(panel + size_t{c[0]} * kPanel), x1 = _mm512_loadu_si512(panel + size_t{c[1]} * kPanel);
+    const __m512i x2 = _mm512_loadu_si512(panel + size_t{c[2]} * kPanel), x3 = _mm512_loadu_si512(panel + size_t{c[3]} * kPanel);
+    const __m512i low01 = _mm512_unpacklo_epi8(x0, x1), high01 = _mm512_unpackhi_epi8(x0, x1);
+    const __m512i low23 = _mm512_unpacklo_epi8(x2, x3), high23 = _mm512_unpackhi_epi8(x2, x3);
+    const __m512i x[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+                          _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      int32_t four;
+      __builtin_memcpy(&four, values + (g * R + r) * kGroup, 4);
+      const __m512i weight = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbusd_epi32(sum[r][j], x[j], weight);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) _mm512_storeu_si512(sums[r] + 16 * j, sum[r][j]);
+}
+
+}  // namespace
+}  // namespace graphprune
+
+#include "kernels.inl"
+
+namespace graphprune {
+const Kernels& avx512_kernels() {
+  static const Kernels kernels{"avx512", pack, pack_bytes, linear, integer_linear};
+  return kernels;
+}
+}  // namespace graphprune
+#include "end_target.inl"
+#endif

@@ -1,0 +1,151 @@
+"""The sparse-cpu target: linear layers multiply by what is not zero, and the rest is compiled by Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from graphprune.errors import LoweringError
+from graphprune.ir import ops
+from graphprune.ir.program import Program
+from graphprune.ir.sites import Site, find_sites
+from graphprune.ir.sparse_operators import LAYERS, pack, pack_bytes
+from graphprune.passes import FuseEpilogues, KeepPanels, PackLinear, RemoveDropout
+from graphprune.pipeline.legalize import legalized
+from graphprune.pipeline.manager import PassManager
+from graphprune.pipeline.target import Lowered, Run, StoredWeight, Support, Target
+from graphprune.sparsity.layout import Layout, to_logical
+from graphprune.targets.inductor_model.compiling import compile_package
+from graphprune.targets.inductor_model.package import find_places, read_constants, read_note, write_places
+from graphprune.targets.inductor_model.reading import stored_weight, take_integers, weights_of
+from graphprune.targets.inductor_model.rewriting import inference_copy, use_integers
+from graphprune.targets.inductor_model.running import MODEL, NOTE, note_of, open_package
+from graphprune.targets.sparse_cpu.building import load_kernels
+from graphprune.targets.sparse_cpu.cost import Decision, decide
+from graphprune.targets.sparse_cpu.places import packed_places, packed_weights
+
+
+@dataclass(frozen=True)
+class SparseCpu(Target):
+    """Run sparse linear layers in kernels of our own, and everything else as target inductor does.
+
+    Needs torch, ninja and a C++ compiler, to lower and, once on each machine, to run.
+
+    Attributes:
+        tokens: Tokens that the model is expected to see at once (batch times length); the cost of each layer is measured for so many.
+        all: Take the sparse kernel for every layer that has one, faster or not.
+    """
+
+    name = "sparse-cpu"
+    legalize = ("fold-masks", "fold-conv-bn", "freeze-quant")
+    extra = "sparse-cpu"
+    fresh = True
+    remarks: ClassVar[Mapping[str, str]] = {
+        "unstructured": "linear layers of 90 % zeros or more",
+        "NxM": "linear layers; blocks of 4x1 and of more rows",
+        "N:M": "as single weights, which pay off from about 85 % zeros",
+        "channel": "linear layers; a channel is a block like any other",
+        "int8": "linear layers with activations of 8 bits, and tables; other weights are float numbers on their grid",
+        "dynamic uint8": "dense layers; the sparse kernels take fixed scales",
+    }
+
+    tokens: int = 128
+    all: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise LoweringError(f"tokens={self.tokens} is below 1")
+
+    @classmethod
+    def capabilities(cls) -> Mapping[str, Support]:
+        """Zeros of linear layers are skipped, in blocks and one by one; the rest is that of target inductor."""
+        return {
+            "unstructured": Support.EXPLOITED,
+            "NxM": Support.EXPLOITED,
+            "N:M": Support.STORED,
+            "channel": Support.EXPLOITED,
+            "fp32": Support.EXPLOITED,
+            "fp16": Support.STORED,
+            "bf16": Support.STORED,
+            "int8": Support.EXPLOITED,
+            "uint8": Support.EXPLOITED,
+            "int4": Support.REFUSED,
+            "uint4": Support.REFUSED,
+            "int8 per group": Support.REFUSED,
+            "int4 per group": Support.REFUSED,
+            "dynamic uint8": Support.EXPLOITED,
+        }
+
+    def decisions(self, program: Program) -> dict[str, Decision]:
+        """What the cost model says of each layer that has a sparse kernel, by name of its weight; measures what it does not know.
+
+        Args:
+            program: Legalized.
+
+        Raises:
+            LoweringError: The kernels cannot be compiled here.
+        """
+        return {
+            site.name: decide(weight, self.tokens, _quantized(program, site))
+            for site in find_sites(program)[0]
+            if site.layout is not Layout.CONV
+            and (weight := to_logical(program.tensor(site.name).detach(), site.layout)).dtype is torch.float32
+            and not bool(weight.all())
+        }
+
+    def lower(self, program: Program, folder: Path) -> Lowered:
+        """Measure what is not known, pack what gains by it, and compile; takes from half a minute to minutes.
+
+        Raises:
+            LoweringError: No compiler, an operator that cannot be compiled, or a number format without a kernel.
+        """
+        load_kernels()
+        decisions = self.decisions(program)
+        taken = tuple(name for name, decision in decisions.items() if decision.sparse or self.all)
+        layouts = {site.name: site.layout for site in find_sites(program)[0]}
+        steps = [RemoveDropout(), *([PackLinear(0.0, taken), FuseEpilogues(), KeepPanels()] if taken else [])]
+        packed = PassManager(tuple(steps)).run(legalized(program, ()), in_place=True).program
+        copied, outputs = inference_copy(packed, (pack, pack_bytes, *LAYERS))
+        weights, scales = weights_of(copied)
+        counts = use_integers(copied)
+        take_integers(copied, weights, scales, layouts)
+        limits = compile_package(copied, folder / MODEL)
+        constants = read_constants(folder / MODEL)
+        places = find_places(constants, weights, scales)
+        sparse = packed_places(copied, constants)
+        rest = {
+            **note_of(copied, outputs, limits),
+            "sparse": sparse,
+            "decisions": {name: asdict(decision) for name, decision in decisions.items()},
+        }
+        write_places(folder / NOTE, places, rest)
+        coverage = {
+            "sparse kernel": tuple(name for name in layouts if name in sparse),
+            "dense kernel": tuple(name for name in layouts if name not in sparse),
+        }
+        return Lowered((MODEL, NOTE), copied.interface.names, outputs, coverage, {**counts, "packed": len(sparse)})
+
+    def open(self, folder: Path, threads: int | None = None) -> Run:
+        """Compile the kernels if this machine has not yet, and load ``model.pt2``; threads are set for all of torch in this process."""
+        load_kernels()
+        return open_package(folder, threads)
+
+    def weights(self, folder: Path, layouts: Mapping[str, str]) -> dict[str, StoredWeight]:
+        """Read weights out of the constants of the package's library; packed ones are unpacked."""
+        load_kernels()
+        constants = read_constants(folder / MODEL)
+        note = read_note(folder / NOTE)
+        found = packed_weights(note.get("sparse", {}), constants, layouts)
+        for name, place in note["weights"].items():
+            if name in layouts and name not in found and place.constant in constants:
+                found[name] = stored_weight(place, constants, Layout(layouts[name]))
+        return found
+
+
+def _quantized(program: Program, site: Site) -> bool:
+    node = next(node for node in program.graph.nodes if node.name == site.uses[0])
+    return any(item.target is ops.fake_quantize for item in node.all_input_nodes)
