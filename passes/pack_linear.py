@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from graphprune.errors import PassError
 from graphprune.ir import ops
 from graphprune.ir.calling import insert_call
-from graphprune.ir.program import Program, eliminate_dead
+from graphprune.ir.program import Program, argument, eliminate_dead
 from graphprune.ir.properties import Property
 from graphprune.ir.selection import Selection
 from graphprune.ir.sites import Site
@@ -91,14 +91,15 @@ class PackLinear(Pass):
 
 
 def _node(program: Program, name: str) -> fx.Node:
-    return next(node for node in program.graph.nodes if node.name == name)
+    found: fx.Node = next(node for node in program.graph.nodes if node.name == name)
+    return found
 
 
 def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node, Any]:
     """Activation, weight and bias of a linear operator."""
     if node.target is aten.addmm.default:
-        return node.args[1], node.args[2], node.args[0]  # type: ignore[return-value]
-    return node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None  # type: ignore[return-value]
+        return argument(node, 1), argument(node, 2), node.args[0]
+    return argument(node, 0), argument(node, 1), node.args[2] if len(node.args) > 2 else None
 
 
 def _unfit(program: Program, node: fx.Node) -> str | None:
@@ -112,24 +113,29 @@ def _unfit(program: Program, node: fx.Node) -> str | None:
         return None if weight.op == "get_attr" else f"{weight.target} lies between it and its operator"
     if activation.target is not ops.fake_quantize:
         return "its activations are not quantized, or at run time, and there is no sparse kernel for that"
-    _, scale, _, low, high, *rest = activation.args
-    if (low, high) != (0, 255) or program.tensor(str(scale.target)).numel() != 1:  # type: ignore[union-attr]
-        return f"its activations are quantized to {low} to {high}; the kernels take uint8:affine:tensor"
-    _, _, zero_point, low, high, *rest = weight.args
+    scale, bounds = _quantizer(program, activation)[0], tuple(activation.args[3:5])
+    if bounds != (0, 255) or scale.numel() != 1:
+        return f"its activations are quantized to {bounds}; the kernels take uint8:affine:tensor"
+    _, zero_point = _quantizer(program, weight)
+    low, high, axis, group = (*weight.args[3:], -1, 0)[:4] if len(weight.args) < 6 else (*weight.args[3:], 0)[:4]
     if (
-        low < -128
-        or high > 127
+        not isinstance(low, int)
+        or not isinstance(high, int)
         or low >= 0
-        or (len(rest) > 1 and rest[1])
-        or program.tensor(str(zero_point.target)).any()
-    ):  # type: ignore[operator, union-attr]
-        return "it is not quantized by int8:symmetric; the kernels take that, with a scale a channel or one"
-    if rest and rest[0] not in (
-        -1,
-        1 if node.target in (aten.addmm.default, aten.mm.default, aten.matmul.default) else 0,
+        or low < -128
+        or high > 127
+        or group
+        or zero_point.any()
     ):
-        return "it has a scale for each input"
-    return None
+        return "it is not quantized by int8:symmetric; the kernels take that, with a scale a row or one"
+    rows = 1 if node.target in (aten.addmm.default, aten.mm.default, aten.matmul.default) else 0
+    return None if axis in (-1, rows) else "it has a scale for each input"
+
+
+def _quantizer(program: Program, node: fx.Node) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point of a quantizer."""
+    scale, zero_point = (program.tensor(str(argument(node, at).target)).detach() for at in (1, 2))
+    return scale, zero_point
 
 
 def _pack_site(program: Program, site: Site) -> int:
@@ -187,14 +193,14 @@ def _write_floats(program: Program, node: fx.Node, weight: Tensor, prefix: str) 
 
 def _write_integers(program: Program, node: fx.Node, weight: Tensor, prefix: str) -> tuple[fx.Node, int]:
     activation, quantized, bias = _parts(node)
-    value, scale, zero_point = activation.args[:3]
-    step, zero = (program.tensor(str(item.target)).item() for item in (scale, zero_point))  # type: ignore[union-attr]
-    scales = program.tensor(str(quantized.args[1].target)).detach().float().reshape(-1).expand(len(weight))  # type: ignore[union-attr]
-    low, high = quantized.args[3:5]
-    grid = torch.round(weight / scales.unsqueeze(1)).clamp_(low, high).to(torch.int8)  # type: ignore[arg-type]
+    value = argument(activation, 0)
+    step, zero = (item.item() for item in _quantizer(program, activation))
+    scales = _quantizer(program, quantized)[0].float().reshape(-1).expand(len(weight))
+    bounds: Any = quantized.args[3:5]
+    grid = torch.round(weight / scales.unsqueeze(1)).clamp_(*bounds).to(torch.int8)
     packed = pack_matrix(grid, choose_block(grid))
     correction = (grid.sum(dim=1, dtype=torch.int64) * int(zero)).to(torch.int32)
-    panels = _panels(program, node, value, pack_bytes, step, int(zero))  # type: ignore[arg-type]
+    panels = _panels(program, node, value, pack_bytes, step, int(zero))
     with program.graph.inserting_before(node):
         buffers = {
             "values": packed.values,
@@ -203,6 +209,6 @@ def _write_integers(program: Program, node: fx.Node, weight: Tensor, prefix: str
             "correction": correction,
         }
         parts = _buffers(program, prefix, {**buffers, "scales": (scales * step).contiguous()})
-        sizes = _sizes(program, node, value)  # type: ignore[arg-type]
+        sizes = _sizes(program, node, value)
         made = insert_call(program.graph, node, sparse_linear_int8, panels, *parts, bias, None, sizes, len(weight))
     return made, packed.values.numel()

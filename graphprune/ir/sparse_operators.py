@@ -25,7 +25,8 @@ BYTE_ORDER = tuple(16 * (place % 16 // 4) + 4 * (place // 16) + place % 4 for pl
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 RESULTS = ("rows", "panels", "bytes")
 
-_library = torch.library.Library("graphprune", "FRAGMENT")
+_torch_library: Any = torch.library  # without types
+_library = _torch_library.Library("graphprune", "FRAGMENT")
 _library.define("pack(Tensor x) -> Tensor")
 _library.define("pack_bytes(Tensor x, float scale, int zero_point) -> Tensor")
 _library.define(
@@ -80,13 +81,11 @@ def _to_bytes(rows: Tensor, scale: float, zero_point: int) -> Tensor:
     return grid.to(torch.uint8)[..., list(BYTE_ORDER)].contiguous()
 
 
-@torch.library.impl(_library, "pack", "CompositeExplicitAutograd")
 def _pack(x: Tensor) -> Tensor:
     """``[..., features]``, float32, to panels."""
     return _to_panels(x.reshape(-1, x.shape[-1]))
 
 
-@torch.library.impl(_library, "pack_bytes", "CompositeExplicitAutograd")
 def _pack_bytes(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """``[..., features]``, float32, to panels of bytes."""
     return _to_bytes(x.reshape(-1, x.shape[-1]), scale, zero_point)
@@ -109,7 +108,6 @@ def _finish(
     return _to_panels(y) if result == "panels" else y.reshape(*sizes, y.shape[-1])
 
 
-@torch.library.impl(_library, "sparse_linear", "CompositeExplicitAutograd")
 def _sparse_linear(
     panels: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor | None, residual: Tensor | None,
     sizes: Sequence[int], rows: int, activation: str = "none", result: str = "rows", scale: float = 1.0, zero_point: int = 0,
@@ -135,7 +133,6 @@ def _sparse_linear(
     return _finish(sums, bias, residual, sizes, activation, result, scale, zero_point)
 
 
-@torch.library.impl(_library, "sparse_linear_int8", "CompositeExplicitAutograd")
 def _sparse_linear_int8(
     panels: Tensor, values: Tensor, columns: Tensor, starts: Tensor, correction: Tensor, scales: Tensor, bias: Tensor | None,
     residual: Tensor | None, sizes: Sequence[int], rows: int, activation: str = "none", result: str = "rows", scale: float = 1.0,
@@ -166,13 +163,11 @@ def _sparse_linear_int8(
     return _finish((sums - correction).float() * scales, bias, residual, sizes, activation, result, scale, zero_point)
 
 
-@torch.library.register_fake("graphprune::pack")
-def _(x: Tensor) -> Tensor:
+def _fake_pack(x: Tensor) -> Tensor:
     return x.new_empty((_panels_of(math.prod(x.shape[:-1])), x.shape[-1], PANEL))
 
 
-@torch.library.register_fake("graphprune::pack_bytes")
-def _(x: Tensor, scale: float, zero_point: int) -> Tensor:
+def _fake_pack_bytes(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return x.new_empty((_panels_of(math.prod(x.shape[:-1])), x.shape[-1], PANEL), dtype=torch.uint8)
 
 
@@ -183,18 +178,26 @@ def _result(panels: Tensor, sizes: Sequence[int], rows: int, result: str) -> Ten
     return panels.new_empty((panels.shape[0], rows, PANEL), dtype=dtype)
 
 
-@torch.library.register_fake("graphprune::sparse_linear")
-def _(
+def _fake_sparse_linear(
     panels: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor | None, residual: Tensor | None,
     sizes: Sequence[int], rows: int, activation: str = "none", result: str = "rows", scale: float = 1.0, zero_point: int = 0,
 ) -> Tensor:  # fmt: skip
     return _result(panels, sizes, rows, result)
 
 
-@torch.library.register_fake("graphprune::sparse_linear_int8")
-def _(
+def _fake_sparse_linear_int8(
     panels: Tensor, values: Tensor, columns: Tensor, starts: Tensor, correction: Tensor, scales: Tensor, bias: Tensor | None,
     residual: Tensor | None, sizes: Sequence[int], rows: int, activation: str = "none", result: str = "rows", scale: float = 1.0,
     zero_point: int = 0,
 ) -> Tensor:  # fmt: skip
     return _result(panels, sizes, rows, result)
+
+
+for _name, _function, _fake in (
+    ("pack", _pack, _fake_pack),
+    ("pack_bytes", _pack_bytes, _fake_pack_bytes),
+    ("sparse_linear", _sparse_linear, _fake_sparse_linear),
+    ("sparse_linear_int8", _sparse_linear_int8, _fake_sparse_linear_int8),
+):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    _torch_library.register_fake(f"graphprune::{_name}", _fake)
