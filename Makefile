@@ -13,7 +13,7 @@ $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("graphprune needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another with make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "torch>=2.8,<2.14"
-	$(BIN)/pip install --quiet --editable ".[onnx,openvino,demo,train,test,dev]"
+	$(BIN)/pip install --quiet --editable ".[onnx,openvino,demo,sparse-cpu,train,test,dev]"
 	@touch $@
 
 demo: setup

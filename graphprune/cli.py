@@ -125,7 +125,10 @@ def inspect(
     include_last: IncludeLast = False,
     target: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Say what this target makes of each pattern. Repeatable, a column each."),
+        typer.Option(
+            metavar="NAME",
+            help="Say what this target makes of each pattern, and how it computes each layer where it chooses. Repeatable.",
+        ),
     ] = None,
     input_: Inputs = None,
     as_json: AsJson = False,
@@ -136,6 +139,7 @@ def inspect(
 
       graphprune inspect ./my-bert --exclude '*.attention.*'
       graphprune inspect ./my-bert --target onnx --target deepsparse
+      graphprune inspect ./my-sparse-bert --target 'sparse-cpu{tokens=1024}'
       graphprune inspect ./llama-70b/config.json --json    (a config is enough: no weights are needed)
       graphprune inspect my_package.models:build --input x=4x16
     """

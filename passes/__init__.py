@@ -19,6 +19,7 @@ from graphprune.passes.insert_observers import InsertObservers
 from graphprune.passes.keep_outputs import KeepOutputs
 from graphprune.passes.keep_panels import KeepPanels
 from graphprune.passes.lock_masks import LockMasks
+from graphprune.passes.lower_attention import LowerAttention
 from graphprune.passes.pack_linear import PackLinear
 from graphprune.passes.partition_blocks import PartitionBlocks
 from graphprune.passes.remove_dead import RemoveDead
@@ -46,6 +47,7 @@ __all__ = [
     "KeepOutputs",
     "KeepPanels",
     "LockMasks",
+    "LowerAttention",
     "PackLinear",
     "PartitionBlocks",
     "RemoveDead",

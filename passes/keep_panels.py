@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from graphprune.ir.program import Program, eliminate_dead
 from graphprune.ir.sparse_operators import LAYERS, pack, pack_bytes, read_argument, write_argument
 from graphprune.pipeline.base import Coverage, Pass, PassResult
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class KeepPanels(Pass):
             layer = node.args[0]
             if not isinstance(layer, fx.Node) or layer.target not in LAYERS or read_argument(layer, "result") != "rows":
                 continue
+            _forward_sizes(program, layer)
             if len(layer.users) > 1:
                 left_out[layer.name] = "its result is used in rows too"
             elif read_argument(layer, "residual") is not None:
@@ -45,3 +49,14 @@ class KeepPanels(Pass):
             eliminate_dead(program.graph)
             program.recompile()
         return PassResult(program, bool(matched), {"joined": len(matched)}, Coverage(tuple(matched), left_out))
+
+
+def _forward_sizes(program: Program, layer: fx.Node) -> None:
+    """Let what reads a size of a layer's result read what the layer was told, so that it does not need the result in rows."""
+    sizes = read_argument(layer, "sizes")
+    for user in list(layer.users):
+        if user.target is aten.sym_size.int and user.args[1] in range(len(sizes)):
+            size = sizes[user.args[1]]
+            if isinstance(size, fx.Node):
+                user.replace_all_uses_with(size)
+                program.graph.erase_node(user)

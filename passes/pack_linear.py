@@ -38,6 +38,7 @@ class PackLinear(Pass):
         at_least: Fraction of zeros below which a layer stays dense.
         select: As for ``find-prunable``.
         exclude: As for ``find-prunable``.
+        storage: ``float32``, or ``bfloat16`` for half the bytes of weights that are not quantized; products and sums stay float32.
     """
 
     name = "pack-linear"
@@ -46,8 +47,11 @@ class PackLinear(Pass):
     at_least: float = 0.6
     select: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    storage: str = "float32"
 
     def __post_init__(self) -> None:
+        if self.storage not in ("float32", "bfloat16"):
+            raise PassError(f"storage={self.storage} is neither float32 nor bfloat16")
         if not 0 <= self.at_least <= 1:
             raise PassError(f"at_least={self.at_least} is not in [0, 1]")
 
@@ -62,7 +66,7 @@ class PackLinear(Pass):
             if reason is not None:
                 left_out[site.name] = reason
                 continue
-            stored += _pack_site(program, site)
+            stored += _pack_site(program, site, self.storage)
             entries += site.parameters
             matched.append(site.name)
         if matched:
@@ -138,7 +142,7 @@ def _quantizer(program: Program, node: fx.Node) -> tuple[Tensor, Tensor]:
     return scale, zero_point
 
 
-def _pack_site(program: Program, site: Site) -> int:
+def _pack_site(program: Program, site: Site, storage: str) -> int:
     """Rewrite all uses of a weight. Returns how many entries are stored."""
     weight = to_logical(program.tensor(site.name), site.layout).contiguous()
     stored = 0
@@ -146,8 +150,10 @@ def _pack_site(program: Program, site: Site) -> int:
         node = _node(program, use)
         prefix = site.name if number == 0 else f"{site.name}_{number}"
         quantized = _parts(node)[1].target is ops.fake_quantize
-        write = _write_integers if quantized else _write_floats
-        result, stored = write(program, node, weight, prefix)
+        if quantized:
+            result, stored = _write_integers(program, node, weight, prefix)
+        else:
+            result, stored = _write_floats(program, node, weight, prefix, storage)
         node.replace_all_uses_with(result)
         program.graph.erase_node(node)
     return stored
@@ -180,12 +186,13 @@ def _panels(program: Program, node: fx.Node, activation: fx.Node, target: Any, *
         return insert_call(program.graph, node, target, activation, *options)
 
 
-def _write_floats(program: Program, node: fx.Node, weight: Tensor, prefix: str) -> tuple[fx.Node, int]:
+def _write_floats(program: Program, node: fx.Node, weight: Tensor, prefix: str, storage: str) -> tuple[fx.Node, int]:
     activation, _, bias = _parts(node)
     packed = pack_matrix(weight, choose_block(weight))
+    values = packed.values.to(getattr(torch, storage))
     panels = _panels(program, node, activation, pack)
     with program.graph.inserting_before(node):
-        parts = _buffers(program, prefix, {"values": packed.values, "columns": packed.columns, "starts": packed.starts})
+        parts = _buffers(program, prefix, {"values": values, "columns": packed.columns, "starts": packed.starts})
         sizes = _sizes(program, node, activation)
         made = insert_call(program.graph, node, sparse_linear, panels, *parts, bias, None, sizes, len(weight))
     return made, packed.values.numel()

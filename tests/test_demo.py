@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 import graphprune as gp
+from graphprune.demo import run
 from graphprune.demo.corpus import batches, pad, sentences, split
-from graphprune.demo.measure import agreement, latency_ratios
+from graphprune.demo.measure import Row, agreement, latency_ratios
 from graphprune.demo.settings import Settings
 from graphprune.demo.trainer import CHECKPOINT, Stage, read_checkpoint
 
@@ -129,12 +136,32 @@ def test_resume_refuses_what_does_not_fit(tmp_path: Path) -> None:
         read_checkpoint(tmp_path, Settings())
 
 
+def test_without_a_compiler_a_row_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> str:
+        raise gp.LoweringError("the C++ compiler c++ cannot be run [not here]")
+
+    monkeypatch.setattr(run, "load_kernels", refuse)
+    missing = run._build_kernels(Progress(disable=True))
+    assert missing == {"sparse-cpu int8": "the C++ compiler c++ cannot be run [not here]"}
+    manifest = SimpleNamespace(parity=SimpleNamespace(max_abs=0.5, tolerance=1.0))
+    artifacts: Any = {"sparse int8": SimpleNamespace(manifest=manifest)}
+    row = Row("sparse int8", 0.8, 0.9, 0.6, 10, 5, 0.5)
+    run._report(Console(width=200), [row], tmp_path, artifacts, missing)
+    shown = capsys.readouterr().out
+    assert re.search(r"sparse-cpu int8 │ +- │ +- │", shown)
+    assert "sparse-cpu int8 is left out: the C++ compiler c++ cannot be run [not here]" in shown
+    assert [item["name"] for item in json.loads((tmp_path / "table.json").read_text())] == ["sparse int8"]
+
+
 @pytest.mark.slow
 def test_the_quick_demo_the_whole_way(tmp_path: Path) -> None:
-    from graphprune.demo.run import run_demo
-
-    rows = run_demo(tmp_path / "demo", quick=True)
-    assert [row.name for row in rows] == ["dense fp32", "dense int8", "sparse fp32", "sparse int8"]
+    rows = run.run_demo(tmp_path / "demo", quick=True)
+    names = ["dense fp32", "dense int8", "sparse fp32", "sparse int8", "sparse-cpu int8"]
+    assert [row.name for row in rows] == names
     assert rows[3].sparsity == pytest.approx(0.8, abs=0.001)
+    assert rows[4].sparsity == pytest.approx(rows[3].sparsity, abs=1e-6)
+    assert rows[4].cosine == pytest.approx(rows[3].cosine, abs=0.01)
     assert rows[0].cosine == pytest.approx(1.0, abs=1e-4)
     assert gp.verify(tmp_path / "demo" / "sparse-int8").passed

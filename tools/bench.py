@@ -3,6 +3,7 @@
     python tools/bench.py                     # all, on BERT-base; about 20 minutes on 2 cores
     python tools/bench.py --only passes       # one of: passes, step, update, large, memory, int8, calibration, inc, ipex, openvino
     python tools/bench.py --layers 2          # a smaller BERT, to try it
+    python tools/bench.py sparse              # the sparse-cpu target, with options of its own: see sparse --help
 
 A ratio is the median of its numerator over the median of its denominator, both measured in turn. ``inc`` compares with Intel
 Neural Compressor 2.6, which `make bench-inc` installs into an environment of its own; without it the rest is measured.
@@ -29,6 +30,7 @@ from benchmarks.memory import bench_memory
 from benchmarks.openvino import bench_openvino
 from benchmarks.passes import bench_passes
 from benchmarks.quantization import bench_calibration, bench_int8
+from benchmarks.sparse import bench_sparse
 from benchmarks.training import bench_large, bench_step, bench_update
 from rich.console import Console
 from rich.table import Table
@@ -69,14 +71,25 @@ def measure(names: list[str], setting: Setting, console: Console) -> tuple[list[
     return measures, left_out
 
 
+app = typer.Typer(add_completion=False)
+app.command("sparse")(bench_sparse)
+
+
+@app.callback(invoke_without_command=True)
 def main(
     only: Annotated[list[str] | None, typer.Option(help=f"One of: {', '.join(BENCHES)}; repeatable.")] = None,
     layers: Annotated[int, typer.Option(help="Layers of the BERT; 12 is BERT-base.", min=1)] = 12,
     repeats: Annotated[int, typer.Option(help="Rounds of interleaved runs.", min=1)] = 7,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    context: typer.Context = None,  # type: ignore[assignment] - typer knows it by this very type
 ) -> None:
     """Measure and print the ratios; the exit code is 1 where a goal is missed."""
+    if context is not None and context.invoked_subcommand is not None:
+        return
     unknown = [name for name in only or () if name not in BENCHES]
+    if unknown == ["sparse"]:
+        print("error: sparse is a command: python tools/bench.py sparse", file=sys.stderr)
+        raise typer.Exit(2)
     if unknown:
         print(f"error: unknown measure {unknown[0]!r}; known: {', '.join(BENCHES)}", file=sys.stderr)
         raise typer.Exit(2)
@@ -97,4 +110,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

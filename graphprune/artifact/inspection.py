@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import Tensor, fx, nn
 
 from graphprune.artifact.advice import remarks_of, support_of
+from graphprune.errors import GraphPruneError
 from graphprune.ir import ops as custom_ops
 from graphprune.ir.examples import default_inputs
 from graphprune.ir.program import Program
@@ -20,6 +21,8 @@ from graphprune.ir.properties import Property
 from graphprune.ir.selection import Selection
 from graphprune.ir.sites import Excluded, Site
 from graphprune.ir.trace import trace
+from graphprune.pipeline.registry import read_target
+from graphprune.pipeline.target import Choice, Choices, Target
 from graphprune.sparsity.pattern_base import Pattern
 from graphprune.sparsity.patterns import parse_pattern
 
@@ -87,6 +90,7 @@ class Inspection:
         totals: Sums.
         targets: For each target that was asked for, what it makes of each pattern, as in ``graphprune targets``.
         remarks: What must be added to that, such as a condition.
+        choices: For each of them that chooses by what is in a weight, how it is going to compute each layer.
     """
 
     model: str
@@ -96,6 +100,7 @@ class Inspection:
     totals: Totals
     targets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    choices: Mapping[str, Mapping[str, Choice]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """The inspection as plain data for JSON."""
@@ -106,6 +111,7 @@ class Inspection:
                     "shape": list(site.shape),
                     "patterns": list(site.patterns),
                     **({"targets": self._made_of(site)} if self.targets else {}),
+                    **({"choices": self._chosen_for(site)} if self.choices else {}),
                 }
                 for site in self.sites
             ],
@@ -130,7 +136,7 @@ class Inspection:
 
     def _sites_table(self) -> Table:
         titles = ("prunable weight", "op", "out x in", "parameters", "MACs", "sparsity", "patterns that fit")
-        table = _table(*titles, *self.targets)
+        table = _table(*titles, *self.targets, *(f"on {name}" for name in self.choices))
         for column in table.columns[2:6]:
             column.justify = "right"
         for site in self.sites:
@@ -144,12 +150,21 @@ class Inspection:
                 _fraction(site.sparsity),
                 " ".join(site.patterns),
                 *(_grouped(made) for made in self._made_of(site).values()),
+                *(layers[site.name].text if site.name in layers else "-" for layers in self.choices.values()),
             )
         return table
 
     def _made_of(self, site: InspectedSite) -> dict[str, dict[str, str]]:
         """What each target makes of each pattern that fits a weight."""
         return {name: {text: made[text] for text in site.patterns} for name, made in self.targets.items()}
+
+    def _chosen_for(self, site: InspectedSite) -> dict[str, dict[str, object]]:
+        """What each target that chooses does with a weight."""
+        return {
+            name: {"text": layers[site.name].text, **layers[site.name].measures}
+            for name, layers in self.choices.items()
+            if site.name in layers
+        }
 
     def _excluded_table(self) -> Table:
         table = _table("left out", "reason")
@@ -182,7 +197,8 @@ def inspect(
 ) -> Inspection:
     """List the weights of a model that can be pruned, and those that cannot, with the reason.
 
-    Nothing is changed and no forward pass is run, so a model on the meta device (no weights at all) will do.
+    Nothing is changed and no forward pass is run, so a model on the meta device (no weights at all) will do. A target that chooses by what
+    is in the weights says how it is going to compute each layer, and may measure for that; without weights a remark says that it cannot.
 
     Args:
         model: A module, which is traced with fixed sizes, or a Program.
@@ -192,7 +208,7 @@ def inspect(
         ops: Operators to take, such as ``linear``. Empty takes all.
         include_last: Take the last layer before the output too.
         patterns: Sparsity patterns to try on each weight.
-        targets: Names of targets; the result says what each makes of every pattern.
+        targets: Names of targets, with options as in pipelines (``NAME{option=value}``); the result says what each makes of every pattern.
         **constants: Arguments of ``forward`` that are no tensors.
 
     Returns:
@@ -200,12 +216,15 @@ def inspect(
 
     Raises:
         TraceError: The model cannot be traced.
-        RecipeError: A name or operator matches nothing, or a target is unknown.
+        RecipeError: A name or operator matches nothing, or a target or its option is unknown.
         SparsityError: ``patterns`` names an unknown pattern.
     """
     tried = {text: parse_pattern(text) for text in patterns}
-    made = {name: {text: support_of(name, text).value for text in tried} for name in targets}
-    remarks = tuple(text for name in made for text in remarks_of(name, tried))
+    goals = {text: read_target(text) for text in targets}
+    made = {text: {row: support_of(goal.name, row).value for row in tried} for text, goal in goals.items()}
+    remarks = tuple(
+        text for name in dict.fromkeys(goal.name for goal in goals.values()) for text in remarks_of(name, tried)
+    )
     selection = Selection(tuple(select), tuple(exclude), tuple(ops), include_last)
     program = model if isinstance(model, Program) else _trace_static(model, example_inputs, constants)
     program = _flat(program)
@@ -222,7 +241,18 @@ def inspect(
         macs=sum(site.macs for site in sites),
         sparsity=sum(known) / prunable if prunable and len(known) == len(sites) else None,
     )
-    return Inspection(program.name, _input_shapes(program), sites, excluded, totals, made, remarks)
+    found = {text: _choices(goal, program) for text, goal in goals.items()}
+    remarks += tuple(f"{text}: {choices.remark}" for text, choices in found.items() if choices.remark)
+    chosen_by = {text: choices.layers for text, choices in found.items() if choices.layers}
+    return Inspection(program.name, _input_shapes(program), sites, excluded, totals, made, remarks, chosen_by)
+
+
+def _choices(goal: Target, program: Program) -> Choices:
+    """What a target chooses; where it cannot, the reason as a remark, since the rest of the table holds all the same."""
+    try:
+        return goal.choices(program)
+    except GraphPruneError as error:
+        return Choices(remark=f"how it computes each layer is not known: {error}")
 
 
 def _flat(program: Program) -> Program:

@@ -26,7 +26,8 @@ class Row:
     """One line of the demo's table.
 
     Attributes:
-        name: Which corner: dense or sparse, fp32 or int8.
+        name: Which corner: dense or sparse, fp32 or int8; with ``sparse-cpu`` the sparse one in kernels that skip zeros, the others are
+            run by onnxruntime.
         sparsity: Of the 36 encoder weights, in blocks of 4x1, measured in the file.
         cosine: Mean cosine to the teacher's embeddings on held-out sentences.
         retrieval: How often the nearest other held-out sentence is the one that the teacher finds.
@@ -78,11 +79,13 @@ def latency_ratios(runs: Mapping[str, Run], inputs: Mapping[str, np.ndarray], re
     Args:
         runs: Models by name; the first is the base.
         inputs: One batch.
-        repeats: Rounds; in each, every model runs once, after two rounds of warm-up.
+        repeats: Rounds; in each, every model runs once, after two rounds of warm-up, and each time after a run that does not count,
+            since threads of the runtime before it go on spinning for a while.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(repeats + 2):
         for name, run in runs.items():
+            run(inputs)
             start = time.perf_counter()
             run(inputs)
             if index >= 2:

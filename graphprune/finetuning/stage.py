@@ -171,11 +171,10 @@ class StageRun:
         return float(scores[self.metric])
 
     def _trainer(self, program: Program, distillation: Distillation | None) -> Any:
-        from transformers import Trainer
         from transformers.trainer_utils import set_seed
 
+        from graphprune.finetuning.in_order import InOrderDistillationTrainer, InOrderTrainer
         from graphprune.training.callback import SessionCallback
-        from graphprune.training.trainer import DistillationTrainer
 
         set_seed(self.training.seed)
         splits = self.task.splits()
@@ -189,7 +188,9 @@ class StageRun:
             "compute_metrics": lambda given: self.task.score(self._split, given.predictions),
         }
         trainer = (
-            Trainer(**options) if distillation is None else DistillationTrainer(distillation=distillation, **options)
+            InOrderTrainer(**options)
+            if distillation is None
+            else InOrderDistillationTrainer(distillation=distillation, **options)
         )
         if self._trains and (masked_sites(program) or program.properties & Property.FAKE_QUANT):
             SessionCallback(log=folder / "session.jsonl").attach(trainer)

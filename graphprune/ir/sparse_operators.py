@@ -37,10 +37,12 @@ _library.define(
     "sparse_linear_int8(Tensor panels, Tensor values, Tensor columns, Tensor starts, Tensor correction, Tensor scales, Tensor? bias, "
     "Tensor? residual, SymInt[] sizes, int rows, str activation='none', str result='rows', float scale=1.0, int zero_point=0) -> Tensor"
 )
+_library.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal=False) -> Tensor")
 pack = torch.ops.graphprune.pack.default
 pack_bytes = torch.ops.graphprune.pack_bytes.default
 sparse_linear = torch.ops.graphprune.sparse_linear.default
 sparse_linear_int8 = torch.ops.graphprune.sparse_linear_int8.default
+attention = torch.ops.graphprune.attention.default
 LAYERS = (sparse_linear, sparse_linear_int8)
 
 
@@ -116,7 +118,7 @@ def _sparse_linear(
 
     Args:
         panels: float32 ``[panels, features, 64]``.
-        values: float32 ``[stored, block]``; this and the next two from ``graphprune.sparsity.packed.pack_matrix``.
+        values: float32 or bfloat16 ``[stored, block]``; this and the next two from ``graphprune.sparsity.packed.pack_matrix``.
         columns: int16 ``[stored]``.
         starts: int32 ``[block rows + 1]``.
         bias: float32 ``[rows]``.
@@ -129,7 +131,7 @@ def _sparse_linear(
         zero_point: Of bytes.
     """
     dense = unpack_matrix(Packed(values, columns, starts), rows, panels.shape[1])
-    sums = _to_rows(panels, math.prod(sizes)) @ dense.t()
+    sums = _to_rows(panels, math.prod(sizes)) @ dense.float().t()
     return _finish(sums, bias, residual, sizes, activation, result, scale, zero_point)
 
 
@@ -161,6 +163,29 @@ def _sparse_linear_int8(
     tokens[..., list(BYTE_ORDER)] = panels
     sums = _to_rows(tokens, math.prod(sizes)).int() @ dense.int().t()
     return _finish((sums - correction).float() * scales, bias, residual, sizes, activation, result, scale, zero_point)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention without dropout.
+
+    Args:
+        q: float32 ``[batch, heads, queries, features]``; features a multiple of 16, side by side in memory.
+        k: ``[batch, heads, keys, features]``.
+        v: Shape of ``k``.
+        mask: Bool, true = may be seen, or float32 that is added to the scores; broadcast to ``[batch, heads, queries, keys]``.
+        scale: Of the scores.
+        causal: A query sees keys up to its own place.
+
+    Returns:
+        Shape of ``q``; in memory ``[batch, queries, heads, features]``, so that heads can be joined without a copy.
+    """
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale)
+    return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
+    batch, heads, queries, features = q.shape
+    return q.new_empty((batch, queries, heads, features)).transpose(1, 2)
 
 
 def _fake_pack(x: Tensor) -> Tensor:
@@ -198,6 +223,7 @@ for _name, _function, _fake in (
     ("pack_bytes", _pack_bytes, _fake_pack_bytes),
     ("sparse_linear", _sparse_linear, _fake_sparse_linear),
     ("sparse_linear_int8", _sparse_linear_int8, _fake_sparse_linear_int8),
+    ("attention", _attention, _fake_attention),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     _torch_library.register_fake(f"graphprune::{_name}", _fake)

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from graphprune.errors import GraphPruneError, RecipeError, suggest
 from graphprune.pipeline.base import Pass
 from graphprune.pipeline.target import Target
+from graphprune.pipeline.text import parse_pipeline
 
 T = TypeVar("T", Pass, Target)
 
@@ -83,6 +84,18 @@ def make_target(name: str, options: Mapping[str, object] | None = None, where: s
         RecipeError: Unknown target or option, or a value of the wrong type or out of range.
     """
     return _build(find_target(name, where), name, options or {}, where)
+
+
+def read_target(text: str) -> Target:
+    """Build a target from its name, with options as those of a pass: ``onnx``, ``onnx{opset=19}``.
+
+    Raises:
+        RecipeError: The text names none, or more than one; and as ``make_target``.
+    """
+    found = parse_pipeline(text)
+    if len(found) != 1:
+        raise RecipeError(f"{text!r} names {len(found)} targets; give one, as NAME or NAME{{option=value}}")
+    return make_target(*found[0])
 
 
 def _at(where: str) -> str:

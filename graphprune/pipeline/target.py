@@ -105,6 +105,32 @@ class NodeValue:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How a target is going to compute one layer.
+
+    Attributes:
+        text: In words, short: ``sparse, 3.1x``.
+        measures: What stands behind it, as plain data by name, for JSON.
+    """
+
+    text: str
+    measures: Mapping[str, str | float | int | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How a target is going to compute the layers of a Program.
+
+    Attributes:
+        layers: By name of the layer's weight; empty where the target has one way only.
+        remark: What must be known to read them, such as what was measured; "" for nothing.
+    """
+
+    layers: Mapping[str, Choice] = field(default_factory=dict)
+    remark: str = ""
+
+
+@dataclass(frozen=True)
 class Target(abc.ABC):
     """A runtime that Programs are lowered to. Its fields are its options; importing it needs none of its libraries.
 
@@ -141,6 +167,20 @@ class Target(abc.ABC):
         For targets whose options make the runtime compute in fewer bits than the Program.
         """
         return None
+
+    def choices(self, program: Program) -> Choices:
+        """How the layers of a Program are going to be computed, where a target chooses by what is in their weights.
+
+        Args:
+            program: As it may come to ``export``, not legalized; weights may be on the meta device. Not to be mutated.
+
+        Returns:
+            Nothing, for targets that compute all layers alike.
+
+        Raises:
+            GraphPruneError: The target would choose, and cannot here: there are no weights, or no way to measure.
+        """
+        return Choices()
 
     @abc.abstractmethod
     def lower(self, program: Program, folder: Path) -> Lowered:

@@ -7,6 +7,9 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +56,17 @@ def load_kernels() -> str:
         from torch.utils import cpp_extension
 
         extension: Any = cpp_extension
-        extension.load(
-            f"graphprune_sparse_cpu_{key}",
-            [str(path) for path in sources if path.suffix == ".cpp"],
-            extra_cflags=list(_FLAGS),
-            extra_ldflags=["-fopenmp"],
-            build_directory=str(folder),
-            is_python_module=False,
-        )
+        with _ninja_on_path():
+            extension.load(
+                f"graphprune_sparse_cpu_{key}",
+                [str(path) for path in sources if path.suffix == ".cpp"],
+                extra_cflags=list(_FLAGS),
+                extra_ldflags=["-fopenmp"],
+                build_directory=str(folder),
+                is_python_module=False,
+            )
+    except LoweringError:
+        raise
     except Exception as error:  # a failed build raises what it likes
         raise LoweringError(
             f"the kernels of target sparse-cpu do not compile with {compiler}: {_reason(error)}. {_WITHOUT}"
@@ -78,7 +84,7 @@ def _version(compiler: str) -> str:
     """First line of the compiler's version.
 
     Raises:
-        LoweringError: It cannot be run, or ninja is missing, which torch builds extensions with.
+        LoweringError: It cannot be run.
     """
     try:
         done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
@@ -87,11 +93,29 @@ def _version(compiler: str) -> str:
             f"target sparse-cpu compiles its kernels, and the C++ compiler {compiler} cannot be run ({error}); run: apt-get install g++ "
             f"(Debian, Ubuntu), or name one in the environment variable CXX. {_WITHOUT}"
         ) from error
-    if shutil.which("ninja") is None:
+    return done.stdout.splitlines()[0]
+
+
+@contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """Let torch find ninja, which it builds extensions with, beside this Python too: where an environment is not activated.
+
+    Raises:
+        LoweringError: There is none.
+    """
+    before, scripts = os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")
+    if shutil.which("ninja") is not None:
+        yield
+        return
+    if shutil.which("ninja", path=scripts) is None:
         raise LoweringError(
             f'target sparse-cpu compiles its kernels with ninja, which is not here; run: pip install "graphprune[sparse-cpu]". {_WITHOUT}'
         )
-    return done.stdout.splitlines()[0]
+    os.environ["PATH"] = os.pathsep.join((scripts, before))
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def _reason(error: BaseException) -> str:

@@ -68,7 +68,7 @@ def packed_weights(
         values, columns, starts = (constants[place[part]].values for part in _PARTS[:3])
         matrix = unpack_matrix(Packed(values, columns, starts), int(place["rows"]), int(place["features"]))
         if "scales" not in place:
-            found[name] = StoredWeight(matrix.numpy())
+            found[name] = StoredWeight(matrix.float().numpy())
             continue
         scales = constants[place["scales"]].values.numpy() / float(place["step"])
         found[name] = StoredWeight(matrix.numpy(), np.zeros(len(scales), np.int8), scales)

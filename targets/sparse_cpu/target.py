@@ -13,11 +13,11 @@ from graphprune.errors import LoweringError
 from graphprune.ir import ops
 from graphprune.ir.program import Program
 from graphprune.ir.sites import Site, find_sites
-from graphprune.ir.sparse_operators import LAYERS, pack, pack_bytes
-from graphprune.passes import FuseEpilogues, KeepPanels, PackLinear, RemoveDropout
+from graphprune.ir.sparse_operators import LAYERS, attention, pack, pack_bytes
+from graphprune.passes import FuseEpilogues, KeepPanels, LowerAttention, PackLinear, RemoveDropout
 from graphprune.pipeline.legalize import legalized
 from graphprune.pipeline.manager import PassManager
-from graphprune.pipeline.target import Lowered, Run, StoredWeight, Support, Target
+from graphprune.pipeline.target import Choice, Choices, Lowered, Run, StoredWeight, Support, Target
 from graphprune.sparsity.layout import Layout, to_logical
 from graphprune.targets.inductor_model.compiling import compile_package
 from graphprune.targets.inductor_model.package import find_places, read_constants, read_note, write_places
@@ -37,6 +37,7 @@ class SparseCpu(Target):
 
     Attributes:
         tokens: Tokens that the model is expected to see at once (batch times length); the cost of each layer is measured for so many.
+        storage: ``float32``, or ``bfloat16`` for half the bytes of packed weights that are not quantized.
         all: Take the sparse kernel for every layer that has one, faster or not.
     """
 
@@ -54,11 +55,18 @@ class SparseCpu(Target):
     }
 
     tokens: int = 128
+    storage: str = "float32"
     all: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise LoweringError(f"tokens={self.tokens} is below 1")
+        if self.storage not in ("float32", "bfloat16"):
+            raise LoweringError(f"storage={self.storage} is neither float32 nor bfloat16")
+
+    def tolerance(self) -> float | None:
+        """Weights that are rounded to 8 bits move the outputs by as much."""
+        return 2.0**-7 if self.storage == "bfloat16" else None
 
     @classmethod
     def capabilities(cls) -> Mapping[str, Support]:
@@ -97,6 +105,31 @@ class SparseCpu(Target):
             and not bool(weight.all())
         }
 
+    def choices(self, program: Program) -> Choices:
+        """``decisions`` for every layer in words; layers without zeros, and those without a sparse kernel, are dense.
+
+        Raises:
+            LoweringError: The weights are on the meta device, or the kernels cannot be compiled here.
+            PassError: A legalizing pass refused.
+        """
+        if any(parameter.is_meta for parameter in program.parameters()):
+            raise LoweringError(
+                f"{program.name} has no weights here, and what is gained depends on their zeros; inspect a checkpoint"
+            )
+        legal = legalized(program, self.legalize)
+        sites, decisions = find_sites(legal)[0], self.decisions(legal)
+        taken = tuple(name for name, decision in decisions.items() if decision.sparse or self.all)
+        unfit = PackLinear(0.0, taken, storage=self.storage).run(legal).coverage.left_out if taken else {}
+        layers = {site.name: Choice("dense", {"sparse": False}) for site in sites}
+        for name, decision in decisions.items():
+            if name in taken and name in unfit:
+                layers[name] = Choice(f"dense ({unfit[name]})", {"sparse": False, "reason": unfit[name]})
+            else:
+                text = f"sparse, {decision.gain:.1f}x" if name in taken else str(decision)
+                layers[name] = Choice(text, {**asdict(decision), "sparse": name in taken})
+        remark = f"a gain is the dense kernel's time over the sparse one's, measured here for {self.tokens} tokens and {_threads()}"
+        return Choices(layers, remark if decisions else "")
+
     def lower(self, program: Program, folder: Path) -> Lowered:
         """Measure what is not known, pack what gains by it, and compile; takes from half a minute to minutes.
 
@@ -107,9 +140,13 @@ class SparseCpu(Target):
         decisions = self.decisions(program)
         taken = tuple(name for name, decision in decisions.items() if decision.sparse or self.all)
         layouts = {site.name: site.layout for site in find_sites(program)[0]}
-        steps = [RemoveDropout(), *([PackLinear(0.0, taken), FuseEpilogues(), KeepPanels()] if taken else [])]
+        steps = [
+            RemoveDropout(),
+            LowerAttention(),
+            *([PackLinear(0.0, taken, storage=self.storage), FuseEpilogues(), KeepPanels()] if taken else []),
+        ]
         packed = PassManager(tuple(steps)).run(legalized(program, ()), in_place=True).program
-        copied, outputs = inference_copy(packed, (pack, pack_bytes, *LAYERS))
+        copied, outputs = inference_copy(packed, (pack, pack_bytes, attention, *LAYERS))
         weights, scales = weights_of(copied)
         counts = use_integers(copied)
         take_integers(copied, weights, scales, layouts)
@@ -144,6 +181,11 @@ class SparseCpu(Target):
             if name in layouts and name not in found and place.constant in constants:
                 found[name] = stored_weight(place, constants, Layout(layouts[name]))
         return found
+
+
+def _threads() -> str:
+    number = torch.get_num_threads()
+    return f"{number} thread{'' if number == 1 else 's'}"
 
 
 def _quantized(program: Program, site: Site) -> bool:

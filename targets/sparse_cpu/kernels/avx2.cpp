@@ -14,10 +14,10 @@
 namespace graphprune {
 namespace {
 
-// Integer sums of one block row over 64 tokens, in their order; see linear.h for the order of bytes.
+// One block row over 64 tokens, in their order; see linear.h for the order of bytes.
 template <int R>
-inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* columns, int64_t groups,
-                       int32_t (&sums)[R][kPanel]) {
+inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* columns, int64_t groups, const Rescale& rescale,
+                       float* sums) {
   for (int place = 0; place < kPanel; place += 16) {
     __m256i sum[R][2];
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
@@ -36,13 +36,13 @@ inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_
       }
     }
     // Register 0 has places 0-3 and 8-11, register 1 has 4-7 and 12-15; place 4 j of a sixteen is token 16 j of each quarter.
-    for (int r = 0; r < R; ++r) {
-      int32_t* to = sums[r] + place / 4;
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(sum[r][0]));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), _mm256_castsi256_si128(sum[r][1]));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 32), _mm256_extracti128_si256(sum[r][0], 1));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 48), _mm256_extracti128_si256(sum[r][1], 1));
-    }
+    for (int r = 0; r < R; ++r)
+      for (int half = 0; half < 2; ++half) {
+        const __m256 x = (__m256)rescale((Ints)sum[r][half], r);
+        float* to = sums + r * kPanel + place / 4 + half * 16;
+        _mm_storeu_ps(to, _mm256_castps256_ps128(x));
+        _mm_storeu_ps(to + 32, _mm256_extractf128_ps(x, 1));
+      }
   }
 }
 
@@ -50,10 +50,11 @@ inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_
 }  // namespace graphprune
 
 #include "kernels.inl"
+#include "attention.inl"
 
 namespace graphprune {
 const Kernels& avx2_kernels() {
-  static const Kernels kernels{"avx2", pack, pack_bytes, linear, integer_linear};
+  static const Kernels kernels{"avx2", pack, pack_bytes, linear, integer_linear, attention};
   return kernels;
 }
 }  // namespace graphprune

@@ -53,10 +53,10 @@ inline void reorder_bytes(const uint8_t* from, uint8_t* to) {
   _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_loadu_si512(from)));
 }
 
-// Integer sums of one block row over 64 tokens, in their order: four columns unpack into four registers of four bytes a token.
+// One block row over 64 tokens, in their order: four columns unpack into four registers of four bytes a token.
 template <int R>
-inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* columns, int64_t groups,
-                       int32_t (&sums)[R][kPanel]) {
+inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* columns, int64_t groups, const Rescale& rescale,
+                       float* sums) {
   __m512i sum[R][4];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -82,17 +82,18 @@ inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) _mm512_storeu_si512(sums[r] + 16 * j, sum[r][j]);
+    for (int j = 0; j < 4; ++j) store(sums + r * kPanel + 16 * j, rescale((Ints)sum[r][j], r));
 }
 
 }  // namespace
 }  // namespace graphprune
 
 #include "kernels.inl"
+#include "attention.inl"
 
 namespace graphprune {
 const Kernels& avx512_kernels() {
-  static const Kernels kernels{"avx512", pack, pack_bytes, linear, integer_linear};
+  static const Kernels kernels{"avx512", pack, pack_bytes, linear, integer_linear, attention};
   return kernels;
 }
 }  // namespace graphprune

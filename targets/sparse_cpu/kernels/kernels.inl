@@ -6,15 +6,20 @@
 namespace graphprune {
 namespace {
 
-// Sums of one block row over WIDTH or fewer registers of tokens.
-template <int R, int T>
-inline __attribute__((always_inline)) void multiply(const float* panel, const float* values, const uint16_t* columns, int64_t count,
-                                                    float* sums) {
+inline Floats weight_at(const float* values, int64_t at) { return fill(values[at]); }
+
+// A bfloat16 is the upper half of a float.
+inline Floats weight_at(const uint16_t* values, int64_t at) { return (Floats)(Ints{} + static_cast<int32_t>(uint32_t{values[at]} << 16)); }
+
+// One block row over T registers of tokens, from its biases on.
+template <int R, int T, class V>
+inline __attribute__((always_inline)) void multiply(const float* panel, const V* values, const uint16_t* columns, int64_t count,
+                                                    const float* bias, float* sums) {
   Floats sum[R][T];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) sum[r][t] = Floats{};
+    for (int t = 0; t < T; ++t) sum[r][t] = fill(bias[r]);
   for (int64_t k = 0; k < count; ++k) {
     const float* row = panel + static_cast<size_t>(columns[k]) * kPanel;
     Floats x[T];
@@ -22,7 +27,7 @@ inline __attribute__((always_inline)) void multiply(const float* panel, const fl
     for (int t = 0; t < T; ++t) x[t] = load(row + t * LANES);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Floats weight = fill(values[k * R + r]);
+      const Floats weight = weight_at(values, k * R + r);
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) sum[r][t] = fused(weight, x[t], sum[r][t]);
     }
@@ -34,17 +39,18 @@ inline __attribute__((always_inline)) void multiply(const float* panel, const fl
 }
 
 // One block row over the tokens that there are; `vectors` registers of them.
-template <int R>
-inline void multiply_row(const float* panel, const float* values, const uint16_t* columns, int64_t count, int vectors, float* sums) {
+template <int R, class V>
+inline void multiply_row(const float* panel, const V* values, const uint16_t* columns, int64_t count, int vectors, const float* bias,
+                         float* sums) {
   for (int v = 0; v < vectors; v += WIDTH) {
     const float* here = panel + v * LANES;
     float* there = sums + v * LANES;
     switch (vectors - v < WIDTH ? vectors - v : WIDTH) {
-      case 1: multiply<R, 1>(here, values, columns, count, there); break;
-      case 2: multiply<R, 2>(here, values, columns, count, there); break;
+      case 1: multiply<R, 1>(here, values, columns, count, bias, there); break;
+      case 2: multiply<R, 2>(here, values, columns, count, bias, there); break;
 #if WIDTH > 2
-      case 3: multiply<R, 3>(here, values, columns, count, there); break;
-      default: multiply<R, 4>(here, values, columns, count, there); break;
+      case 3: multiply<R, 3>(here, values, columns, count, bias, there); break;
+      default: multiply<R, 4>(here, values, columns, count, bias, there); break;
 #endif
     }
   }
@@ -73,34 +79,62 @@ inline void quantize(const float* from, float scale, int32_t zero_point, uint8_t
   reorder_bytes(bytes, to);
 }
 
-// Bias, activation and residual of 16 rows of one panel, and the way to where they go.
-inline void finish(const Epilogue& e, float (&sums)[kUnit][kPanel], int64_t panel, int64_t first, int rows, int64_t all_rows, int tokens,
-                   int vectors) {
-  for (int r = 0; r < rows; ++r) {
-    const Floats bias = fill(e.bias != nullptr ? e.bias[first + r] : 0.0f);
-    const float* residual = e.out == Out::rows || e.residual == nullptr ? nullptr : e.residual + (panel * all_rows + first + r) * kPanel;
-    float* to = e.out == Out::panels ? static_cast<float*>(e.result) + (panel * all_rows + first + r) * kPanel : sums[r];
-    for (int v = 0; v < vectors; ++v) {
-      Floats x = activate(load(sums[r] + v * LANES) + bias, e.activation);
-      if (residual != nullptr) x += load(residual + v * LANES);
-      store(to + v * LANES, x);
-    }
-    if (e.out == Out::bytes)
-      quantize(sums[r], e.scale, e.zero_point, static_cast<uint8_t*>(e.result) + (panel * all_rows + first + r) * kPanel);
+// A unit: up to 16 rows of one panel.
+struct Unit {
+  int64_t panel;
+  int64_t first;  // row
+  int rows;
+  int tokens;
+  int vectors;  // registers of tokens
+  int64_t place;  // of its first row, in a result of panels
+
+  Unit(const Blocks& b, int64_t panel, int64_t unit, int tokens)
+      : panel(panel), first(unit * kUnit), rows(static_cast<int>(b.rows - first < kUnit ? b.rows - first : kUnit)), tokens(tokens),
+        vectors((tokens + LANES - 1) / LANES), place((panel * b.rows + first) * kPanel) {}
+
+  // Its entries of a vector that has one for each row, and zeros behind the last row.
+  template <class T>
+  void entries(const T* of_rows, T (&to)[kUnit]) const {
+    for (int r = 0; r < kUnit; ++r) to[r] = of_rows != nullptr && r < rows ? of_rows[first + r] : T{};
   }
-  if (e.out != Out::rows) return;
-  float* to = static_cast<float*>(e.result) + panel * kPanel * all_rows + first;
-  const float* residual = e.residual == nullptr ? nullptr : e.residual + panel * kPanel * all_rows + first;
-  int t = 0;
-  if (rows == kUnit)
-    for (; t + 16 <= tokens; t += 16) {
-      const int64_t at = t * all_rows;
-      transpose16(sums[0] + t, kPanel, residual == nullptr ? nullptr : residual + at, to + at, all_rows);
+
+  // Where sums go: to the result itself if that is possible.
+  float* target(const Epilogue& e, float* sums) const {
+    return e.out == Out::panels && rows == kUnit ? static_cast<float*>(e.result) + place : sums;
+  }
+};
+
+// Activation and residual of a unit's sums, and their way to the result.
+inline void finish(const Epilogue& e, const Unit& u, int64_t all_rows, float* sums) {
+  const bool in_panels = e.out == Out::panels;
+  if (e.activation != Activation::none || (in_panels && (e.residual != nullptr || u.rows < kUnit)))
+    for (int r = 0; r < u.rows; ++r) {
+      float* row = sums + r * kPanel;
+      float* to = in_panels ? static_cast<float*>(e.result) + u.place + r * kPanel : row;
+      const float* residual = in_panels && e.residual != nullptr ? e.residual + u.place + r * kPanel : nullptr;
+      for (int v = 0; v < u.vectors; ++v) {
+        Floats x = activate(load(row + v * LANES), e.activation);
+        if (residual != nullptr) x += load(residual + v * LANES);
+        store(to + v * LANES, x);
+      }
     }
-  for (; t < tokens; ++t)
-    for (int r = 0; r < rows; ++r) {
+  if (e.out == Out::bytes)
+    for (int r = 0; r < u.rows; ++r)
+      quantize(sums + r * kPanel, e.scale, e.zero_point, static_cast<uint8_t*>(e.result) + u.place + r * kPanel);
+  if (e.out != Out::rows) return;
+  const int64_t start = u.panel * kPanel * all_rows + u.first;
+  float* to = static_cast<float*>(e.result) + start;
+  const float* residual = e.residual == nullptr ? nullptr : e.residual + start;
+  int t = 0;
+  if (u.rows == kUnit)
+    for (; t + 16 <= u.tokens; t += 16) {
+      const int64_t at = t * all_rows;
+      transpose16(sums + t, kPanel, residual == nullptr ? nullptr : residual + at, to + at, all_rows);
+    }
+  for (; t < u.tokens; ++t)
+    for (int r = 0; r < u.rows; ++r) {
       const int64_t at = t * all_rows + r;
-      to[at] = residual == nullptr ? sums[r][t] : sums[r][t] + residual[at];
+      to[at] = residual == nullptr ? sums[r * kPanel + t] : sums[r * kPanel + t] + residual[at];
     }
 }
 
@@ -109,49 +143,49 @@ inline int tokens_in(int64_t tokens, int64_t panel) {
   return static_cast<int>(left < kPanel ? left : kPanel);
 }
 
-template <int R>
-void linear_of(const FloatLinear& p, int64_t panel, int64_t first_unit, int64_t last_unit) {
+template <int R, class V>
+void linear_of(const FloatLinear& p, const V* values, int64_t panel, int64_t first_unit, int64_t last_unit) {
   const Blocks& b = p.blocks;
-  const int tokens = tokens_in(p.tokens, panel), vectors = (tokens + LANES - 1) / LANES;
   const float* x = p.panels + panel * b.features * kPanel;
-  alignas(64) float sums[kUnit][kPanel];
+  alignas(64) float buffer[kUnit * kPanel];
+  float bias[kUnit];
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
-    const int64_t first = unit * kUnit;
-    const int rows = static_cast<int>(b.rows - first < kUnit ? b.rows - first : kUnit);
-    for (int r = 0; r < rows; r += R) {
-      const int64_t row = (first + r) / R, start = b.starts[row], count = b.starts[row + 1] - start;
-      multiply_row<R>(x, p.values + start * R, b.columns + start, count, vectors, sums[r]);
+    const Unit u(b, panel, unit, tokens_in(p.tokens, panel));
+    u.entries(p.epilogue.bias, bias);
+    float* sums = u.target(p.epilogue, buffer);
+    for (int r = 0; r < u.rows; r += R) {
+      const int64_t row = (u.first + r) / R, start = b.starts[row];
+      multiply_row<R>(x, values + start * R, b.columns + start, b.starts[row + 1] - start, u.vectors, bias + r, sums + r * kPanel);
     }
-    finish(p.epilogue, sums, panel, first, rows, b.rows, tokens, vectors);
+    finish(p.epilogue, u, b.rows, sums);
   }
 }
 
 void linear(const FloatLinear& p, int64_t panel, int64_t first_unit, int64_t last_unit) {
-  if (p.blocks.block == 4) linear_of<4>(p, panel, first_unit, last_unit);
-  else linear_of<1>(p, panel, first_unit, last_unit);
+  const bool four = p.blocks.block == 4;
+  if (p.halves != nullptr) (four ? linear_of<4, uint16_t> : linear_of<1, uint16_t>)(p, p.halves, panel, first_unit, last_unit);
+  else (four ? linear_of<4, float> : linear_of<1, float>)(p, p.values, panel, first_unit, last_unit);
 }
 
 template <int R>
 void integer_linear_of(const IntegerLinear& p, int64_t panel, int64_t first_unit, int64_t last_unit) {
   const Blocks& b = p.blocks;
-  const int tokens = tokens_in(p.tokens, panel), vectors = (tokens + LANES - 1) / LANES;
   const uint8_t* x = p.panels + panel * b.features * kPanel;
-  alignas(64) float sums[kUnit][kPanel];
-  alignas(64) int32_t whole[R][kPanel];
+  alignas(64) float buffer[kUnit * kPanel];
+  float bias[kUnit], scales[kUnit];
+  int32_t correction[kUnit];
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
-    const int64_t first = unit * kUnit;
-    const int rows = static_cast<int>(b.rows - first < kUnit ? b.rows - first : kUnit);
-    for (int r = 0; r < rows; r += R) {
-      const int64_t row = (first + r) / R, start = b.starts[row], count = b.starts[row + 1] - start;
-      sum_groups<R>(x, p.values + start * R * kGroup, b.columns + start * kGroup, count, whole);
-      for (int i = 0; i < R && r + i < rows; ++i) {
-        const Ints correction = Ints{} + p.correction[first + r + i];
-        const Floats scale = fill(p.scales[first + r + i]);
-        for (int v = 0; v < vectors; ++v)
-          store(sums[r + i] + v * LANES, __builtin_convertvector(load_ints(whole[i] + v * LANES) - correction, Floats) * scale);
-      }
+    const Unit u(b, panel, unit, tokens_in(p.tokens, panel));
+    u.entries(p.epilogue.bias, bias);
+    u.entries(p.scales, scales);
+    u.entries(p.correction, correction);
+    float* sums = u.target(p.epilogue, buffer);
+    for (int r = 0; r < u.rows; r += R) {
+      const int64_t row = (u.first + r) / R, start = b.starts[row];
+      sum_groups<R>(x, p.values + start * R * kGroup, b.columns + start * kGroup, b.starts[row + 1] - start,
+                    Rescale{correction + r, scales + r, bias + r}, sums + r * kPanel);
     }
-    finish(p.epilogue, sums, panel, first, rows, b.rows, tokens, vectors);
+    finish(p.epilogue, u, b.rows, sums);
   }
 }
 

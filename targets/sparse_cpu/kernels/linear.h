@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
+
 namespace graphprune {
 
 constexpr int kPanel = 64;  // tokens of a panel
@@ -42,7 +44,8 @@ struct Epilogue {
 
 struct FloatLinear {
   Blocks blocks;
-  const float* values;  // [columns, block]
+  const float* values;     // [columns, block], or null
+  const uint16_t* halves;  // the same in bfloat16
   const float* panels;
   int64_t tokens;
   Epilogue epilogue;
@@ -67,13 +70,14 @@ struct Pack {
   int32_t zero_point;
 };
 
-// The kernels of one instruction set. All work on one panel, so that threads share nothing but what they read.
+// The kernels of one instruction set. Each call works on one panel or head, so that threads share nothing but what they read.
 struct Kernels {
   const char* name;
   void (*pack)(const Pack&, int64_t panel, int64_t first, int64_t last, float* result);  // features first to last
   void (*pack_bytes)(const Pack&, int64_t panel, int64_t first, int64_t last, uint8_t* result);
   void (*linear)(const FloatLinear&, int64_t panel, int64_t first_unit, int64_t last_unit);
   void (*integer_linear)(const IntegerLinear&, int64_t panel, int64_t first_unit, int64_t last_unit);
+  void (*attention)(const Attention&, int64_t batch, int64_t head, int64_t first, int64_t last, float* scratch);  // queries first to last
 };
 
 const Kernels& portable_kernels();

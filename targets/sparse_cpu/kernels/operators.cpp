@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <numeric>
+#include <vector>
 
 #include "linear.h"
 
@@ -36,7 +37,7 @@ at::Tensor rows_of(const at::Tensor& x) {
   return x.contiguous();
 }
 
-// Runs work(panel, first, last) over all panels and `pieces` parts of each: as many as give every thread the same number.
+// Runs work(panel, part, parts) over all panels (or heads), each in as many parts as give every thread the same number of them.
 template <class Work>
 void over_panels(int64_t panels, int64_t pieces, const Work& work) {
   if (panels == 0 || pieces == 0) return;
@@ -150,10 +151,12 @@ at::Tensor sparse_linear(const at::Tensor& panels, const at::Tensor& values, con
                          const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual, at::IntArrayRef sizes,
                          int64_t rows, c10::string_view activation, c10::string_view form, double scale, int64_t zero_point) {
   Call call(panels, at::kFloat, columns, starts, bias, residual, sizes, rows, activation, form, scale, zero_point);
-  expect(values, at::kFloat, 2, "values");
+  const bool half = values.scalar_type() == at::kBFloat16;
+  expect(values, half ? at::kBFloat16 : at::kFloat, 2, "values");
   TORCH_CHECK(columns.numel() == values.size(0), "there are ", values.size(0), " blocks and ", columns.numel(), " columns");
-  run(FloatLinear{blocks_of(columns, starts, values.size(1), rows, call.features), values.const_data_ptr<float>(),
-                  panels.const_data_ptr<float>(), call.tokens, call.epilogue},
+  run(FloatLinear{blocks_of(columns, starts, values.size(1), rows, call.features), half ? nullptr : values.const_data_ptr<float>(),
+                  half ? reinterpret_cast<const uint16_t*>(values.const_data_ptr<at::BFloat16>()) : nullptr, panels.const_data_ptr<float>(),
+                  call.tokens, call.epilogue},
       kernels().linear);
   return call.result;
 }
@@ -176,6 +179,39 @@ at::Tensor sparse_linear_int8(const at::Tensor& panels, const at::Tensor& values
   return call.result;
 }
 
+at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask, double scale,
+                     bool causal) {
+  for (const at::Tensor& x : {q, k, v})
+    TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 4 && (x.stride(3) == 1 || x.size(3) == 1),
+                "queries, keys and values must be float32 [batch, heads, tokens, features] on the CPU, features side by side");
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), features = q.size(3), keys = k.size(2);
+  TORCH_CHECK(features % kUnit == 0, "attention takes features in multiples of 16, not ", features);
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == batch && k.size(1) == heads && k.size(3) == features, "keys ", k.sizes(),
+              " and values ", v.sizes(), " do not fit queries ", q.sizes());
+  at::Tensor result = at::empty({batch, queries, heads, features}, q.options());
+  const auto strides = [](const at::Tensor& x) { return Strides{x.stride(0), x.stride(1), x.stride(2)}; };
+  Attention a{q.const_data_ptr<float>(), k.const_data_ptr<float>(), v.const_data_ptr<float>(), strides(q), strides(k), strides(v),
+              nullptr, nullptr, {}, batch, heads, queries, keys, features, static_cast<float>(scale), causal,
+              result.mutable_data_ptr<float>()};
+  at::Tensor spread;
+  if (mask) {
+    spread = mask->expand({batch, heads, queries, keys});
+    if (mask->scalar_type() == at::kBool) a.seen = reinterpret_cast<const uint8_t*>(spread.const_data_ptr<bool>());
+    else a.added = spread.const_data_ptr<float>();
+    std::copy_n(spread.strides().begin(), 4, a.mask_strides);
+  }
+  if (result.numel() == 0) return result.transpose(1, 2);
+  if (keys == 0) return result.zero_().transpose(1, 2);
+  const int64_t fours = (queries + 3) / 4;
+  over_panels(batch * heads, fours, [&](int64_t head, int64_t part, int64_t parts) {
+    thread_local std::vector<float> scratch;
+    scratch.resize(attention_scratch(a));
+    kernels().attention(a, head / heads, head % heads, fours * part / parts * 4, std::min(fours * (part + 1) / parts * 4, queries),
+                        scratch.data());
+  });
+  return result.transpose(1, 2);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(graphprune, m) {
@@ -187,6 +223,7 @@ TORCH_LIBRARY_IMPL(graphprune, CPU, m) {
   m.impl("pack_bytes", pack_bytes);
   m.impl("sparse_linear", sparse_linear);
   m.impl("sparse_linear_int8", sparse_linear_int8);
+  m.impl("attention", attention);
 }
 
 }  // namespace graphprune

@@ -9,9 +9,9 @@
 namespace graphprune {
 namespace {
 
-// Integer sums of one block row over 64 tokens, in their order.
+// One block row over 64 tokens, in their order.
 template <int R>
-void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* columns, int64_t groups, int32_t (&sums)[R][kPanel]) {
+void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* columns, int64_t groups, const Rescale& rescale, float* sums) {
   int32_t placed[R][kPanel] = {};
   for (int64_t k = 0; k < groups * kGroup; ++k) {
     const uint8_t* x = panel + static_cast<size_t>(columns[k]) * kPanel;
@@ -21,17 +21,22 @@ void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* colu
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int t = 0; t < kPanel; ++t) sums[r][t] = placed[r][byte_place(t)];
+    for (int t = 0; t < kPanel; t += LANES) {
+      Ints sum;
+      for (int i = 0; i < LANES; ++i) sum[i] = placed[r][byte_place(t + i)];
+      store(sums + r * kPanel + t, rescale(sum, r));
+    }
 }
 
 }  // namespace
 }  // namespace graphprune
 
 #include "kernels.inl"
+#include "attention.inl"
 
 namespace graphprune {
 const Kernels& portable_kernels() {
-  static const Kernels kernels{"portable", pack, pack_bytes, linear, integer_linear};
+  static const Kernels kernels{"portable", pack, pack_bytes, linear, integer_linear, attention};
   return kernels;
 }
 }  // namespace graphprune

@@ -1,0 +1,51 @@
+"""Rows are scored and written in their order, also where training batches are grouped by length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.task_data import tiny_tokenizer, write
+
+pytest.importorskip("datasets", reason="fine-tuning needs the extra train")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder, tokenizer = tmp_path_factory.mktemp("order") / "model", tiny_tokenizer()
+    torch.manual_seed(0)
+    made: Any = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+            max_position_embeddings=64, initializer_range=0.5,
+        )
+    )  # fmt: skip
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_predictions_are_in_order(model: Path, tmp_path: Path) -> None:
+    from graphprune.finetuning.run import finetune
+
+    rows = [("the red boat " * (1 + 5 * (at % 3)) + str(at), ("near", "long")[at % 2]) for at in range(24)]
+    data = write(tmp_path, "rows.csv", "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    found = {}
+    for strategy in ("random", "group_by_length"):
+        out = tmp_path / strategy
+        words = (
+            f"--model_name_or_path {model} --validation_file {data} --test_file {data} --do_eval --do_predict --use_cpu "
+            f"--per_device_eval_batch_size 4 --train_sampling_strategy {strategy} --output_dir {out}"
+        )
+        scores = finetune("glue", words.split())
+        (predicted,) = out.glob("predict_results*.txt")
+        found[strategy] = (scores["eval_loss"], scores["eval_accuracy"], predicted.read_text())
+    assert found["random"][1:] == found["group_by_length"][1:]
+    assert found["random"][0] == pytest.approx(found["group_by_length"][0], rel=1e-5)
+    assert len(set(found["random"][2].split())) > 2  # both classes are predicted, so that another order would be seen
