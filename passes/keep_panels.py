@@ -27,12 +27,12 @@ class KeepPanels(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Change the form of results, and drop the operators that made panels of them."""
-        matched, left_out = [], {}
+        matched, left_out, forwarded = [], {}, 0
         for node in program.calls(pack, pack_bytes):
             layer = node.args[0]
             if not isinstance(layer, fx.Node) or layer.target not in LAYERS or read_argument(layer, "result") != "rows":
                 continue
-            _forward_sizes(program, layer)
+            forwarded += _forward_sizes(program, layer)
             if len(layer.users) > 1:
                 left_out[layer.name] = "its result is used in rows too"
             elif read_argument(layer, "residual") is not None:
@@ -45,18 +45,25 @@ class KeepPanels(Pass):
                 node.replace_all_uses_with(layer)
                 program.graph.erase_node(node)
                 matched.append(layer.name)
-        if matched:
+        changed = bool(matched or forwarded)
+        if changed:
             eliminate_dead(program.graph)
             program.recompile()
-        return PassResult(program, bool(matched), {"joined": len(matched)}, Coverage(tuple(matched), left_out))
+        return PassResult(program, changed, {"joined": len(matched)}, Coverage(tuple(matched), left_out))
 
 
-def _forward_sizes(program: Program, layer: fx.Node) -> None:
-    """Let what reads a size of a layer's result read what the layer was told, so that it does not need the result in rows."""
-    sizes = read_argument(layer, "sizes")
+def _forward_sizes(program: Program, layer: fx.Node) -> int:
+    """Let what reads a size of a layer's result read what the layer was told, so that it does not need the result in rows.
+
+    Returns:
+        How many readers there were.
+    """
+    sizes, forwarded = read_argument(layer, "sizes"), 0
     for user in list(layer.users):
         if user.target is aten.sym_size.int and user.args[1] in range(len(sizes)):
             size = sizes[user.args[1]]
             if isinstance(size, fx.Node):
                 user.replace_all_uses_with(size)
                 program.graph.erase_node(user)
+                forwarded += 1
+    return forwarded

@@ -19,6 +19,7 @@ from graphprune.ir.sparse_operators import attention
 from graphprune.pipeline.base import Coverage, Pass, PassResult
 
 aten = torch.ops.aten
+_VIEWS = (aten.unsqueeze.default, aten.slice.Tensor, aten.expand.default, aten.view.default, aten.reshape.default)
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -44,7 +45,15 @@ class LowerAttention(Pass):
             causal = bool(given.get("is_causal", False))
             with program.graph.inserting_before(node):
                 made = insert_call(
-                    program.graph, node, attention, query, key, value, given.get("attn_mask"), float(scale), causal
+                    program.graph,
+                    node,
+                    attention,
+                    query,
+                    key,
+                    value,
+                    _narrow(given.get("attn_mask")),
+                    float(scale),
+                    causal,
                 )
             node.replace_all_uses_with(made)
             program.graph.erase_node(node)
@@ -73,3 +82,46 @@ def _unfit(given: dict[str, Any]) -> str | None:
         if not isinstance(value, Tensor) or value.dtype not in (torch.bool, torch.float32):
             return "its mask is neither bool nor float32"
     return None
+
+
+def _narrow(mask: fx.Node | None) -> fx.Node | None:
+    """A mask without what says nothing: the operator broadcasts by itself, and "and true" is left out.
+
+    transformers writes masks as ``expand((arange(queries) >= 0) & mask[b, 1, 1, keys])``, all queries times all keys.
+    """
+    while mask is not None and mask.op == "call_function":
+        if mask.target is aten.expand.default and mask.meta["val"].dim() == 4:
+            inner = mask.args[0]
+        elif mask.target is aten.__and__.Tensor:
+            left, right = mask.args
+            inner = right if _is_true(left) else left if _is_true(right) else None
+        else:
+            break
+        if not isinstance(inner, fx.Node) or inner.meta["val"].dim() != 4:
+            break
+        mask = inner
+    return mask
+
+
+def _is_true(value: Any) -> bool:
+    """Whether a bool tensor is true everywhere, by how it is made."""
+    if not isinstance(value, fx.Node) or value.op != "call_function":
+        return False
+    if value.target in (aten.new_ones.default, aten.ones.default, aten.ones_like.default):
+        return True
+    if value.target is aten.__and__.Tensor:
+        return all(_is_true(item) for item in value.args)
+    if value.target is aten.ge.Scalar:
+        return bool(value.args[1] == 0) and _counts_from_zero(value.args[0])
+    return value.target in _VIEWS and _is_true(value.args[0])
+
+
+def _counts_from_zero(value: Any) -> bool:
+    """Whether a tensor holds no negative number, because it is a range from zero on."""
+    if not isinstance(value, fx.Node) or value.op != "call_function":
+        return False
+    if value.target is aten.arange.default:
+        return True
+    if value.target is aten.add.Tensor:
+        return _counts_from_zero(value.args[0]) and isinstance(value.args[1], int) and value.args[1] >= 0
+    return value.target in _VIEWS and _counts_from_zero(value.args[0])

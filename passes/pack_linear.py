@@ -88,6 +88,8 @@ class PackLinear(Pass):
             return f"{weight.dtype}: kernels take float32 and int8"
         if site.shape[1] > 2**16:
             return f"{site.shape[1]} inputs: columns are numbers of 16 bits"
+        if not weight.numel():
+            return "it has no weights"
         zeros = 1 - float(weight.count_nonzero()) / weight.numel()
         if zeros < self.at_least:
             return f"{zeros:.1%} of its weights are zero, less than at_least={self.at_least}"

@@ -20,6 +20,7 @@ from graphprune.ir.sparse_operators import (
     ACTIVATIONS,
     PANEL,
     RESULTS,
+    attention,
     pack,
     pack_bytes,
     sparse_linear,
@@ -224,6 +225,45 @@ def check_threads() -> None:
     torch.set_num_threads(before)
 
 
+def check_attention() -> None:
+    """As torch's attention, for sizes on and off the borders of panels and registers, and every kind of mask."""
+    for batch, heads, queries, keys, features in (
+        (2, 3, 7, 9, 16), (1, 2, 64, 64, 64), (2, 2, 65, 130, 32), (1, 1, 5, 5, 96), (1, 2, 1, 200, 48), (3, 1, 20, 20, 64),
+    ):  # fmt: skip
+        q = torch.randn(batch, queries, heads, features).transpose(1, 2)
+        k, v = (torch.randn(batch, keys, heads, features).transpose(1, 2) for _ in range(2))
+        seen = torch.rand(batch, 1, 1, keys) > 0.3
+        masks = {
+            "no mask": None, "bool": seen, "expanded": seen.expand(batch, 1, queries, keys), "float": torch.randn(1, 1, queries, keys),
+            "of each head": torch.rand(batch, heads, queries, keys) > 0.3, "by columns": (torch.rand(1, 1, keys, queries) > 0.3).mT,
+        }  # fmt: skip
+        for name, mask in masks.items():
+            y = attention(q, k, v, mask, 0.2)
+            want = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.2)
+            blind = (
+                None
+                if mask is None or mask.dtype is not torch.bool
+                else ~mask.expand(batch, heads, queries, keys).any(-1)
+            )
+            want = want if blind is None else want.masked_fill(blind.unsqueeze(-1), 0.0)
+            expect_close(f"attention {q.shape} {k.shape} {name}", y, want, v)
+            assert y.transpose(1, 2).is_contiguous()
+        if queries == keys:
+            want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2)
+            expect_close(f"causal attention {q.shape}", attention(q, k, v, None, 0.2, True), want, v)
+    q = torch.randn(1, 2, 5, 16)
+    assert not bool(attention(q, q, q, torch.zeros(1, 1, 1, 5, dtype=torch.bool), 1.0).any())
+    assert attention(q[:, :, :0], q, q, None, 1.0).shape == (1, 2, 0, 16)
+    if load_kernels() != "torch":
+        wide = torch.randn(1, 2, 5, 17)
+        _refused(attention, {"q": wide, "k": wide, "v": wide, "mask": None, "scale": 1.0}, ("multiples of 16", "17"))
+        _refused(
+            attention,
+            {"q": q, "k": q, "v": q, "mask": torch.ones(5, dtype=torch.int64), "scale": 1.0},
+            ("bool or float32",),
+        )
+
+
 def check_errors() -> None:
     """Arguments that do not fit are refused with their names."""
     for layer, operator in (
@@ -306,6 +346,7 @@ def _refused(operator: Any, arguments: dict[str, Any], words: tuple[str, ...]) -
 EXACT: tuple[Callable[[], None], ...] = (
     check_panels, check_rounding, check_strides, check_strided_residuals, check_floats, check_float_epilogues,
     check_activations, check_bfloat16, check_integers, check_integer_epilogues, check_extremes, check_corners, check_sizes, check_threads,
+    check_attention,
 )  # fmt: skip
 """What holds for the meaning of the operators, with torch alone too."""
 REFUSALS: tuple[Callable[[], None], ...] = (check_errors, check_packed_that_are_damaged)

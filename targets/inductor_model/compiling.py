@@ -46,12 +46,13 @@ def check_compiler() -> None:
         ) from error
 
 
-def compile_package(program: Program, path: Path) -> list[list[int | None]]:
+def compile_package(program: Program, path: Path, first: int = _FIRST) -> list[list[int | None]]:
     """Compile a Program and write the package.
 
     Args:
         program: From ``rewriting``; its quantizers are rewritten.
         path: Where the package goes; ends in ``.pt2``.
+        first: Free size of the first dimension to export with.
 
     Returns:
         For each input the largest size of each dimension that the package can take; None where there is no limit.
@@ -62,7 +63,7 @@ def compile_package(program: Program, path: Path) -> list[list[int | None]]:
     check_compiler()
     with torch.no_grad(), quiet(*_LOGGERS), _own_cache(), _unfolded():
         try:
-            exported = _export(program)
+            exported = _export(program, first)
             largest = _limits(program, exported)
             inductor: Any = torch._inductor
             inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_options())
@@ -73,23 +74,25 @@ def compile_package(program: Program, path: Path) -> list[list[int | None]]:
     return largest
 
 
-def _export(program: Program) -> Any:
+def _export(program: Program, first: int) -> Any:
     """Export with the largest free sizes that the model takes."""
     shapes = _dynamic_shapes(program)
     for size in _OTHERS:
         try:
-            return torch.export.export(program, (), _examples(program, size), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(
+                program, (), _examples(program, first, size), dynamic_shapes=shapes, strict=False
+            )
         except Exception:
             if size == _OTHERS[-1]:
                 raise
     raise AssertionError
 
 
-def _examples(program: Program, other: int) -> dict[str, Tensor]:
+def _examples(program: Program, first: int, other: int) -> dict[str, Tensor]:
     """Tensors to export with, by name: fixed sizes as traced."""
     return {
         item.name: torch.ones(
-            [size if isinstance(size, int) else other if dim else _FIRST for dim, size in enumerate(item.shape)],
+            [size if isinstance(size, int) else other if dim else first for dim, size in enumerate(item.shape)],
             dtype=item.dtype,
         )
         for item in program.interface.inputs

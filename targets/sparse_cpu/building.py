@@ -30,6 +30,19 @@ def cache_folder() -> Path:
 
 
 @functools.cache
+def kernel_key(compiler: str = "") -> str:
+    """Names a version of the kernels: their source, and what compiles them.
+
+    Args:
+        compiler: Its version.
+    """
+    sources = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".cpp", ".h", ".inl"))
+    content = b"\0".join(path.name.encode() + b"\0" + path.read_bytes() for path in sources)
+    told = "\0".join((torch.__version__, compiler, *_FLAGS)).encode()
+    return hashlib.sha256(content + b"\0" + told).hexdigest()[:16]
+
+
+@functools.cache
 def load_kernels() -> str:
     """Register the kernels in this process, compiled if that was not done before (about a minute).
 
@@ -45,13 +58,14 @@ def load_kernels() -> str:
     if wanted not in ("", "avx512", "avx2", "portable"):
         raise LoweringError(f"{CHOICE}={wanted} is no instruction set; choose avx512, avx2, portable or torch")
     compiler = os.environ.get("CXX", "c++")
-    version = _version(compiler)
-    sources = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".cpp", ".h", ".inl"))
-    content = b"\0".join(path.name.encode() + b"\0" + path.read_bytes() for path in sources)
-    told = "\0".join((torch.__version__, version, *_FLAGS)).encode()
-    key = hashlib.sha256(content + b"\0" + told).hexdigest()[:16]
+    key = kernel_key(_version(compiler))
     folder = cache_folder() / "kernels" / key
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoweringError(
+            f"compiled kernels are kept in {folder}, which cannot be made ({error}); name a folder in XDG_CACHE_HOME. {_WITHOUT}"
+        ) from error
     try:
         from torch.utils import cpp_extension
 
@@ -59,7 +73,7 @@ def load_kernels() -> str:
         with _ninja_on_path():
             extension.load(
                 f"graphprune_sparse_cpu_{key}",
-                [str(path) for path in sources if path.suffix == ".cpp"],
+                [str(path) for path in sorted(_SOURCES.glob("*.cpp"))],
                 extra_cflags=list(_FLAGS),
                 extra_ldflags=["-fopenmp"],
                 build_directory=str(folder),
@@ -119,5 +133,10 @@ def _ninja_on_path() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if "error" in line.lower()] or str(error).splitlines()
+    said = str(error).splitlines()
+    lines = (
+        [line for line in said if "error:" in line.lower()]
+        or [line for line in said if "error" in line.lower()]
+        or said
+    )
     return lines[0].strip() if lines else type(error).__name__

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import math
 import os
 import platform
 import statistics
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from graphprune.ir.sparse_operators import pack, pack_bytes, sparse_linear, sparse_linear_int8
 from graphprune.sparsity.packed import choose_block, pack_matrix
-from graphprune.targets.sparse_cpu.building import cache_folder, load_kernels
+from graphprune.targets.sparse_cpu.building import cache_folder, kernel_key, load_kernels
 
 _MARGIN = 0.95
 """A sparse kernel must need at most this share of the dense one's time, so that noise makes no layer slower."""
@@ -135,27 +137,30 @@ def _time(function: Callable[[], Tensor], repeat: int) -> float:
 
 @functools.cache
 def _file() -> Path:
-    """Of this kind of machine: CPU, torch and kernels."""
+    """Of this kind of machine, and this version of torch and of the kernels."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.processor() or platform.machine()
-    words = f"{cpu} {os.cpu_count()} {torch.__version__} {load_kernels()}"
+    words = f"{cpu} {os.cpu_count()} {load_kernels()} {kernel_key()}"
     name = "".join(letter if letter.isalnum() else "-" for letter in words)
     return cache_folder() / f"costs-{name}.json"
 
 
 def _read() -> dict[str, float]:
+    """What is known; entries that are no positive numbers count as unknown."""
     try:
         found = json.loads(_file().read_text())
     except (OSError, ValueError):
         return {}
-    return {str(key): float(value) for key, value in found.items()} if isinstance(found, dict) else {}
+    items = found.items() if isinstance(found, dict) else ()
+    return {key: float(value) for key, value in items if isinstance(value, (int, float)) and 0 < value < math.inf}
 
 
 def _write(costs: Mapping[str, float]) -> None:
-    _file().parent.mkdir(parents=True, exist_ok=True)
-    part = _file().with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(costs, indent=1, sort_keys=True) + "\n")
-    part.replace(_file())
+    with contextlib.suppress(OSError):  # then they are measured again
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        part = _file().with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(costs, indent=1, sort_keys=True) + "\n")
+        part.replace(_file())

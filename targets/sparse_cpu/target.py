@@ -13,7 +13,7 @@ from graphprune.errors import LoweringError
 from graphprune.ir import ops
 from graphprune.ir.program import Program
 from graphprune.ir.sites import Site, find_sites
-from graphprune.ir.sparse_operators import LAYERS, attention, pack, pack_bytes
+from graphprune.ir.sparse_operators import LAYERS, PANEL, attention, pack, pack_bytes
 from graphprune.passes import FuseEpilogues, KeepPanels, LowerAttention, PackLinear, RemoveDropout
 from graphprune.pipeline.legalize import legalized
 from graphprune.pipeline.manager import PassManager
@@ -27,6 +27,9 @@ from graphprune.targets.inductor_model.running import MODEL, NOTE, note_of, open
 from graphprune.targets.sparse_cpu.building import load_kernels
 from graphprune.targets.sparse_cpu.cost import Decision, decide
 from graphprune.targets.sparse_cpu.places import packed_places, packed_weights
+
+_FIRST = 2 * PANEL + 2
+"""Free size to export with: where tokens filled one panel, export would fix their number of panels to one."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class SparseCpu(Target):
         weights, scales = weights_of(copied)
         counts = use_integers(copied)
         take_integers(copied, weights, scales, layouts)
-        limits = compile_package(copied, folder / MODEL)
+        limits = compile_package(copied, folder / MODEL, _FIRST)
         constants = read_constants(folder / MODEL)
         places = find_places(constants, weights, scales)
         sparse = packed_places(copied, constants)

@@ -242,7 +242,6 @@ def bench_sparse(
         if "layers" in parts and plan.repeats:
             bench.layers(768 if model is None else model.hidden)
         if "bert-base" in parts:
-            find_deepsparse()
             store, contenders = prepare(out, model, plan, fresh, console)
             if plan.repeats:
                 rows = [asdict(item.row) for item in bench.models(store, contenders)]

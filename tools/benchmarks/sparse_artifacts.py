@@ -33,7 +33,7 @@ LENGTH = 128
 _ROOT = Path(__file__).parents[2]
 _SOURCES = (
     "targets/sparse_cpu/*.py", "targets/inductor_model/*.py", "graphprune/ir/sparse_operators.py", "graphprune/sparsity/packed.py",
-    "passes/remove_dropout.py", "passes/pack_linear.py", "passes/fuse_epilogues.py", "passes/keep_panels.py",
+    "passes/*.py",
 )  # fmt: skip
 """What a sparse-cpu artifact is made by, kernels not among them: they are compiled where it runs."""
 

@@ -143,12 +143,20 @@ inline int tokens_in(int64_t tokens, int64_t panel) {
   return static_cast<int>(left < kPanel ? left : kPanel);
 }
 
+// Ask for a panel that another core may have written: columns are read in leaps that no hardware foresees.
+template <class T>
+inline void fetch(const T* panel, int64_t features) {
+  const char* from = reinterpret_cast<const char*>(panel);
+  for (int64_t at = 0; at < features * kPanel * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(from + at, 0, 2);
+}
+
 template <int R, class V>
 void linear_of(const FloatLinear& p, const V* values, int64_t panel, int64_t first_unit, int64_t last_unit) {
   const Blocks& b = p.blocks;
   const float* x = p.panels + panel * b.features * kPanel;
   alignas(64) float buffer[kUnit * kPanel];
   float bias[kUnit];
+  fetch(x, b.features);
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
     const Unit u(b, panel, unit, tokens_in(p.tokens, panel));
     u.entries(p.epilogue.bias, bias);
@@ -174,6 +182,7 @@ void integer_linear_of(const IntegerLinear& p, int64_t panel, int64_t first_unit
   alignas(64) float buffer[kUnit * kPanel];
   float bias[kUnit], scales[kUnit];
   int32_t correction[kUnit];
+  fetch(x, b.features);
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
     const Unit u(b, panel, unit, tokens_in(p.tokens, panel));
     u.entries(p.epilogue.bias, bias);

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <numeric>
 #include <vector>
@@ -81,7 +82,7 @@ Activation activation_of(c10::string_view name) {
 struct Call {
   int64_t tokens;
   int64_t features;
-  at::Tensor result;
+  at::Tensor result, added;
   Epilogue epilogue;
 
   Call(const at::Tensor& panels, at::ScalarType type, const at::Tensor& columns, const at::Tensor& starts,
@@ -108,19 +109,22 @@ struct Call {
       TORCH_CHECK(bias->size(0) == rows, "bias has ", bias->size(0), " entries for ", rows, " rows");
     }
     if (residual) {
-      TORCH_CHECK(out != Out::bytes && residual->is_contiguous() && residual->scalar_type() == at::kFloat &&
-                      residual->numel() == result.numel(),
-                  "the residual ", residual->sizes(), " does not fit the result ", result.sizes());
+      TORCH_CHECK(out != Out::bytes && residual->scalar_type() == at::kFloat && residual->sizes() == result.sizes(), "the residual ",
+                  residual->scalar_type(), " ", residual->sizes(), " does not fit the result ", form, " ", result.sizes());
+      added = residual->contiguous();
     }
-    epilogue = {bias ? bias->const_data_ptr<float>() : nullptr, residual ? residual->const_data_ptr<float>() : nullptr,
+    epilogue = {bias ? bias->const_data_ptr<float>() : nullptr, residual ? added.const_data_ptr<float>() : nullptr,
                 activation_of(activation), out, result.mutable_data_ptr(), static_cast<float>(scale), static_cast<int32_t>(zero_point)};
   }
 };
 
-Blocks blocks_of(const at::Tensor& columns, const at::Tensor& starts, int64_t block, int64_t rows, int64_t features) {
+Blocks blocks_of(const at::Tensor& columns, const at::Tensor& starts, int64_t stored, int64_t block, int64_t rows, int64_t features) {
   const int64_t units = (rows + kUnit - 1) / kUnit;
   TORCH_CHECK(block == 4 || block == 1, "blocks of ", block, " rows have no kernel");
   TORCH_CHECK(starts.size(0) == units * kUnit / block + 1, "starts has ", starts.size(0), " entries, which is not of ", rows, " rows");
+  const int32_t* first = starts.const_data_ptr<int32_t>();
+  const int32_t* last = first + starts.size(0) - 1;
+  TORCH_CHECK(*first == 0 && *last == stored && std::is_sorted(first, last + 1), "starts do not divide ", stored, " blocks into rows");
   return {reinterpret_cast<const uint16_t*>(columns.const_data_ptr<int16_t>()), starts.const_data_ptr<int32_t>(), static_cast<int>(block),
           rows, features};
 }
@@ -154,7 +158,7 @@ at::Tensor sparse_linear(const at::Tensor& panels, const at::Tensor& values, con
   const bool half = values.scalar_type() == at::kBFloat16;
   expect(values, half ? at::kBFloat16 : at::kFloat, 2, "values");
   TORCH_CHECK(columns.numel() == values.size(0), "there are ", values.size(0), " blocks and ", columns.numel(), " columns");
-  run(FloatLinear{blocks_of(columns, starts, values.size(1), rows, call.features), half ? nullptr : values.const_data_ptr<float>(),
+  run(FloatLinear{blocks_of(columns, starts, values.size(0), values.size(1), rows, call.features), half ? nullptr : values.const_data_ptr<float>(),
                   half ? reinterpret_cast<const uint16_t*>(values.const_data_ptr<at::BFloat16>()) : nullptr, panels.const_data_ptr<float>(),
                   call.tokens, call.epilogue},
       kernels().linear);
@@ -172,7 +176,7 @@ at::Tensor sparse_linear_int8(const at::Tensor& panels, const at::Tensor& values
   TORCH_CHECK(correction.size(0) == rows && scales.size(0) == rows, "correction and scales must have ", rows, " entries");
   TORCH_CHECK(columns.numel() == values.size(0) * kGroup && values.size(2) == kGroup, "there are ", values.size(0), " groups and ",
               columns.numel(), " columns");
-  run(IntegerLinear{blocks_of(columns, starts, values.size(1), rows, call.features), values.const_data_ptr<int8_t>(),
+  run(IntegerLinear{blocks_of(columns, starts, values.size(0), values.size(1), rows, call.features), values.const_data_ptr<int8_t>(),
                     correction.const_data_ptr<int32_t>(), scales.const_data_ptr<float>(), panels.const_data_ptr<uint8_t>(), call.tokens,
                     call.epilogue},
       kernels().integer_linear);
@@ -195,6 +199,8 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
               result.mutable_data_ptr<float>()};
   at::Tensor spread;
   if (mask) {
+    TORCH_CHECK(mask->device().is_cpu() && (mask->scalar_type() == at::kBool || mask->scalar_type() == at::kFloat),
+                "the mask must be bool or float32 on the CPU, and is ", mask->scalar_type());
     spread = mask->expand({batch, heads, queries, keys});
     if (mask->scalar_type() == at::kBool) a.seen = reinterpret_cast<const uint8_t*>(spread.const_data_ptr<bool>());
     else a.added = spread.const_data_ptr<float>();

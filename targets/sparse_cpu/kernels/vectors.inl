@@ -15,8 +15,18 @@ inline Ints load_ints(const int32_t* from) { return *reinterpret_cast<const Ints
 inline void store(float* to, Floats x) { *reinterpret_cast<FloatsAnywhere*>(to) = x; }
 inline void store_bytes(uint8_t* to, Ints x) { *reinterpret_cast<BytesAnywhere*>(to) = __builtin_convertvector(x, Bytes); }
 inline Floats fill(float x) { return x - Floats{}; }
-inline Floats largest(Floats a, Floats b) { return a > b ? a : b; }  // b where a is not a number
+
+// The second where one is not a number.
+#if LANES == 16
+inline Floats largest(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats smallest(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+#elif LANES == 8
+inline Floats largest(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats smallest(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+#else
+inline Floats largest(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats smallest(Floats a, Floats b) { return a < b ? a : b; }
+#endif
 
 // Integer sums to floats: (sum - correction) * scale + bias, each operation rounded.
 struct Rescale {
