@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 # No time limits: machines are busy.  The same examples at every run in CI, new ones on a developer's machine.
 settings.register_profile(
     "graphprune",
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=bool(os.environ.get("CI")),

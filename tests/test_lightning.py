@@ -186,6 +186,7 @@ def test_a_checkpoint_without_a_session_is_refused(tmp_path: Path) -> None:
         fit(Automatic(net()), gp.training.LightningSession(), tmp_path, resume=tmp_path / "bare.ckpt", max_epochs=5)
 
 
+@pytest.mark.slow
 def test_without_lightning_it_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['lightning'] = sys.modules['lightning.pytorch'] = sys.modules['pytorch_lightning'] = None\n"

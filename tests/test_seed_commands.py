@@ -154,6 +154,7 @@ target: reference
 """
 
 
+@pytest.mark.slow
 def test_sparse_transfer_by_one_recipe(root: Path, tmp_path: Path) -> None:
     """A sparse checkpoint, a dense teacher made by the same tool, the transfer recipe, and the export."""
     run(root, "--model_name_or_path {root}/teacher --do_train --num_train_epochs 1", tmp_path / "dense")

@@ -43,7 +43,6 @@ def run_tool(*options: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_quick_table_has_all_rows_and_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +125,7 @@ def test_the_real_data_is_read_whole_and_chosen_the_same_way() -> None:
     assert task.train == sst2_task.read_task(folder, replace(QUICK, phrases=20)).train
 
 
-@pytest.mark.parametrize("name", ["80 % 4x1", "2:4"])
+@pytest.mark.parametrize("name", ["80 % 4x1", pytest.param("2:4", marks=pytest.mark.slow)])
 def test_a_few_steps_on_the_real_data(tmp_path: Path, name: str) -> None:
     folder = with_data()
     settings = replace(QUICK, dense_steps=2, prune_steps=4, frequency=1)

@@ -29,6 +29,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 gs = pytest.importorskip("onnx_graphsurgeon")
 
 
+_LIGHT = [name for name in HUGGING_FACE if name != "t5"]
+
+
 def _half(names: list[str]) -> list[object]:
     """Each name in one form; in the other where slow tests run."""
     pairs = itertools.product(enumerate(names), enumerate(("qdq", "integer")))
@@ -38,7 +41,17 @@ def _half(names: list[str]) -> list[object]:
     ]
 
 
-@pytest.mark.parametrize("name", [*HUGGING_FACE, "tied_embedding", "grouped_conv", "conv_transpose", "conv_bn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *_LIGHT,
+        pytest.param("t5", marks=pytest.mark.slow),
+        "tied_embedding",
+        "grouped_conv",
+        "conv_transpose",
+        "conv_bn",
+    ],
+)
 def test_float_models_answer_as_their_program(name: str) -> None:
     for batch in (3, 1):
         assert closeness(name, False, batch) < 1e-4

@@ -110,6 +110,7 @@ class TestTrainer:
         session = trainer.callback_handler.callbacks[0].session
         assert session.report().rules[0].last == 4
 
+    @pytest.mark.slow
     def test_checkpoints_without_a_whole_session_are_refused(self, traced: gp.Program, tmp_path: Path) -> None:
         make_trainer(gp.transform(traced, PIPELINE), tmp_path / "run").train()
         checkpoint = tmp_path / "run" / "checkpoint-4"

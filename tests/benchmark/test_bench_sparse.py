@@ -322,6 +322,7 @@ def test_outputs_must_be_finite(tool: Any, faked: None, tmp_path: Path, monkeypa
     assert "not finite" in result.stderr
 
 
+@pytest.mark.slow
 def test_real_processes_take_turns(tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtimes are stood in for by one that starts fast."""
     pytest.importorskip("onnxruntime", reason="the stand-in needs the extra onnx")
