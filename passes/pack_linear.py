@@ -28,6 +28,7 @@ from graphprune.sparsity.layout import Layout, to_logical
 from graphprune.sparsity.packed import choose_block, pack_matrix
 
 aten = torch.ops.aten
+_PARTS = ("values", "columns", "starts")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,10 @@ class PackLinear(Pass):
         zeros = 1 - float(weight.count_nonzero()) / weight.numel()
         if zeros < self.at_least:
             return f"{zeros:.1%} of its weights are zero, less than at_least={self.at_least}"
-        return next((reason for use in site.uses if (reason := _unfit(program, _node(program, use))) is not None), None)
+        uses = [_node(program, use) for use in site.uses]
+        if len({_parts(use)[1].target is ops.fake_quantize for use in uses}) > 1:
+            return "it is quantized for one of its operators and not for another"
+        return next((reason for use in uses if (reason := _unfit(program, use)) is not None), None)
 
 
 def _node(program: Program, name: str) -> fx.Node:
@@ -119,20 +123,13 @@ def _unfit(program: Program, node: fx.Node) -> str | None:
         return None if weight.op == "get_attr" else f"{weight.target} lies between it and its operator"
     if activation.target is not ops.fake_quantize:
         return "its activations are not quantized, or at run time, and there is no sparse kernel for that"
-    scale, bounds = _quantizer(program, activation)[0], tuple(activation.args[3:5])
-    if bounds != (0, 255) or scale.numel() != 1:
-        return f"its activations are quantized to {bounds}; the kernels take uint8:affine:tensor"
-    _, zero_point = _quantizer(program, weight)
-    low, high, axis, group = (*weight.args[3:], -1, 0)[:4] if len(weight.args) < 6 else (*weight.args[3:], 0)[:4]
-    if (
-        not isinstance(low, int)
-        or not isinstance(high, int)
-        or low >= 0
-        or low < -128
-        or high > 127
-        or group
-        or zero_point.any()
-    ):
+    bounds, scale = activation.args[3:5], _quantizer(program, activation)[0]
+    if tuple(bounds) != (0, 255) or scale.numel() != 1:
+        return f"its activations are quantized to {tuple(bounds)}; the kernels take uint8:affine:tensor"
+    low, high = weight.args[3:5]
+    axis, group = (weight.args[at] if at < len(weight.args) else default for at, default in ((5, -1), (6, 0)))
+    signed = isinstance(low, int) and isinstance(high, int) and -128 <= low < 0 < high <= 127
+    if not signed or group or _quantizer(program, weight)[1].any():
         return "it is not quantized by int8:symmetric; the kernels take that, with a scale a row or one"
     rows = 1 if node.target in (aten.addmm.default, aten.mm.default, aten.matmul.default) else 0
     return None if axis in (-1, rows) else "it has a scale for each input"
@@ -145,28 +142,38 @@ def _quantizer(program: Program, node: fx.Node) -> tuple[Tensor, Tensor]:
 
 
 def _pack_site(program: Program, site: Site, storage: str) -> int:
-    """Rewrite all uses of a weight. Returns how many entries are stored."""
+    """Pack a weight and rewrite all its uses. Returns how many entries are stored."""
     weight = to_logical(program.tensor(site.name), site.layout).contiguous()
-    stored = 0
-    for number, use in enumerate(site.uses):
-        node = _node(program, use)
-        prefix = site.name if number == 0 else f"{site.name}_{number}"
-        quantized = _parts(node)[1].target is ops.fake_quantize
-        if quantized:
-            result, stored = _write_integers(program, node, weight, prefix)
-        else:
-            result, stored = _write_floats(program, node, weight, prefix, storage)
+    uses = [_node(program, use) for use in site.uses]
+    quantizer = _parts(uses[0])[1]
+    quantized = quantizer.target is ops.fake_quantize
+    scales = torch.ones(len(weight))
+    if quantized:
+        scales = _quantizer(program, quantizer)[0].float().reshape(-1).expand(len(weight))
+        bounds: Any = quantizer.args[3:5]
+        weight = torch.round(weight / scales.unsqueeze(1)).clamp_(*bounds).to(torch.int8)
+    packed = pack_matrix(weight, choose_block(weight))
+    values = packed.values if quantized else packed.values.to(getattr(torch, storage))
+    parts = {"values": values, "columns": packed.columns, "starts": packed.starts}
+    for name, value in parts.items():
+        program.add_buffer(f"{site.name}_{name}", value)
+    for number, node in enumerate(uses):
+        own = f"{site.name}_{number}" if number else site.name
+        result = (
+            _write_integers(program, node, site.name, own, weight, scales)
+            if quantized
+            else _write_floats(program, node, site.name, len(weight))
+        )
         node.replace_all_uses_with(result)
         program.graph.erase_node(node)
-    return stored
+    return values.numel()
 
 
-def _buffers(program: Program, prefix: str, values: dict[str, Tensor]) -> list[fx.Node]:
+def _attributes(program: Program, names: list[str]) -> list[fx.Node]:
     nodes = []
-    for name, value in values.items():
-        program.add_buffer(f"{prefix}_{name}", value)
-        nodes.append(program.graph.get_attr(f"{prefix}_{name}"))
-        nodes[-1].meta["val"] = value.to("meta")
+    for name in names:
+        nodes.append(program.graph.get_attr(name))
+        nodes[-1].meta["val"] = program.tensor(name).to("meta")
     return nodes
 
 
@@ -188,36 +195,24 @@ def _panels(program: Program, node: fx.Node, activation: fx.Node, target: Any, *
         return insert_call(program.graph, node, target, activation, *options)
 
 
-def _write_floats(program: Program, node: fx.Node, weight: Tensor, prefix: str, storage: str) -> tuple[fx.Node, int]:
+def _write_floats(program: Program, node: fx.Node, name: str, rows: int) -> fx.Node:
     activation, _, bias = _parts(node)
-    packed = pack_matrix(weight, choose_block(weight))
-    values = packed.values.to(getattr(torch, storage))
     panels = _panels(program, node, activation, pack)
     with program.graph.inserting_before(node):
-        parts = _buffers(program, prefix, {"values": values, "columns": packed.columns, "starts": packed.starts})
+        parts = _attributes(program, [f"{name}_{part}" for part in _PARTS])
         sizes = _sizes(program, node, activation)
-        made = insert_call(program.graph, node, sparse_linear, panels, *parts, bias, None, sizes, len(weight))
-    return made, packed.values.numel()
+        return insert_call(program.graph, node, sparse_linear, panels, *parts, bias, None, sizes, rows)
 
 
-def _write_integers(program: Program, node: fx.Node, weight: Tensor, prefix: str) -> tuple[fx.Node, int]:
-    activation, quantized, bias = _parts(node)
+def _write_integers(program: Program, node: fx.Node, name: str, own: str, weight: Tensor, scales: Tensor) -> fx.Node:
+    """``name`` begins the buffers of the weight, ``own`` those of this use, whose activations have their own scale."""
+    activation, _, bias = _parts(node)
     value = argument(activation, 0)
     step, zero = (item.item() for item in _quantizer(program, activation))
-    scales = _quantizer(program, quantized)[0].float().reshape(-1).expand(len(weight))
-    bounds: Any = quantized.args[3:5]
-    grid = torch.round(weight / scales.unsqueeze(1)).clamp_(*bounds).to(torch.int8)
-    packed = pack_matrix(grid, choose_block(grid))
-    correction = (grid.sum(dim=1, dtype=torch.int64) * int(zero)).to(torch.int32)
+    program.add_buffer(f"{own}_correction", (weight.sum(dim=1, dtype=torch.int64) * int(zero)).to(torch.int32))
+    program.add_buffer(f"{own}_scales", (scales * step).contiguous())
     panels = _panels(program, node, value, pack_bytes, step, int(zero))
     with program.graph.inserting_before(node):
-        buffers = {
-            "values": packed.values,
-            "columns": packed.columns,
-            "starts": packed.starts,
-            "correction": correction,
-        }
-        parts = _buffers(program, prefix, {**buffers, "scales": (scales * step).contiguous()})
+        parts = _attributes(program, [*(f"{name}_{part}" for part in _PARTS), f"{own}_correction", f"{own}_scales"])
         sizes = _sizes(program, node, value)
-        made = insert_call(program.graph, node, sparse_linear_int8, panels, *parts, bias, None, sizes, len(weight))
-    return made, packed.values.numel()
+        return insert_call(program.graph, node, sparse_linear_int8, panels, *parts, bias, None, sizes, len(weight))

@@ -13,18 +13,11 @@ from graphprune.ir.program import Program
 from graphprune.ir.sites import find_sites
 from graphprune.pipeline.target import Lowered, Run, StoredWeight, Support, Target
 from graphprune.sparsity.layout import Layout
-from graphprune.targets.inductor_model.compiling import compile_package
-from graphprune.targets.inductor_model.package import (
-    Constant,
-    Place,
-    find_places,
-    read_constants,
-    read_note,
-    write_places,
-)
-from graphprune.targets.inductor_model.reading import stored_weight, take_integers, weights_of
-from graphprune.targets.inductor_model.rewriting import inference_copy, use_integers
-from graphprune.targets.inductor_model.running import MODEL, NOTE, note_of, open_package
+from graphprune.targets.inductor_model.package import Constant, Place, read_constants, read_note, write_places
+from graphprune.targets.inductor_model.packaging import FORMATS, write_package
+from graphprune.targets.inductor_model.reading import stored_weight
+from graphprune.targets.inductor_model.rewriting import inference_copy
+from graphprune.targets.inductor_model.running import MODEL, NOTE, open_package
 
 
 @dataclass(frozen=True)
@@ -46,28 +39,8 @@ class Inductor(Target):
 
     @classmethod
     def capabilities(cls) -> Mapping[str, Support]:
-        """Inductor's x86 kernels: products of uint8 by int8 are fast, zeros are not skipped.
-
-        bfloat16 and float16 are computed where the Program does; whether that is faster than float32 depends on the CPU (AMX, AVX512-BF16,
-        AVX512-FP16), and on one without them it is slower, so they count as stored only. Four bits and groups are refused: the integer
-        patterns take 8 bits and a scale a channel, and storing such weights in float32 would be four times the size asked for.
-        """
-        return {
-            "unstructured": Support.STORED,
-            "NxM": Support.STORED,
-            "N:M": Support.STORED,
-            "channel": Support.STORED,
-            "fp32": Support.EXPLOITED,
-            "fp16": Support.STORED,
-            "bf16": Support.STORED,
-            "int8": Support.EXPLOITED,
-            "uint8": Support.EXPLOITED,
-            "int4": Support.REFUSED,
-            "uint4": Support.REFUSED,
-            "int8 per group": Support.REFUSED,
-            "int4 per group": Support.REFUSED,
-            "dynamic uint8": Support.EXPLOITED,
-        }
+        """Zeros are not skipped; ``inductor_model.packaging.FORMATS`` says what becomes of numbers."""
+        return {**dict.fromkeys(("unstructured", "NxM", "N:M", "channel"), Support.STORED), **FORMATS}
 
     def lower(self, program: Program, folder: Path) -> Lowered:
         """Compile ``model.pt2`` and find the weights in it; takes from half a minute to minutes.
@@ -77,15 +50,10 @@ class Inductor(Target):
         """
         copied, outputs = inference_copy(program)
         layouts = {site.name: site.layout for site in find_sites(copied)[0]}
-        weights, scales = weights_of(copied)
-        counts = use_integers(copied)
-        take_integers(copied, weights, scales, layouts)
-        limits = compile_package(copied, folder / MODEL)
-        constants = read_constants(folder / MODEL)
-        places = find_places(constants, weights, scales)
-        write_places(folder / NOTE, places, note_of(copied, outputs, limits))
-        coverage = _coverage(places, constants, frozenset(layouts))
-        return Lowered((MODEL, NOTE), copied.interface.names, outputs, coverage, counts)
+        made = write_package(copied, outputs, layouts, folder)
+        write_places(folder / NOTE, made.places, made.note)
+        coverage = _coverage(made.places, made.constants, frozenset(layouts))
+        return Lowered((MODEL, NOTE), copied.interface.names, outputs, coverage, made.counts)
 
     def open(self, folder: Path, threads: int | None = None) -> Run:
         """Load ``model.pt2``; threads are set for all of torch in this process."""

@@ -127,6 +127,7 @@ class Torch(Target):
             "pretrained": _is_pretrained(model),
             "model": program.source.model,
             "factory": program.source.factory,
+            "options": dict(program.source.options),
             "dtype": dtypes.pop().removeprefix("torch.") if len(dtypes) == 1 else "float32",
             "constants": dict(program.interface.constants),
             "inputs": list(names),
@@ -308,7 +309,11 @@ def _load(folder: Path, record: Mapping[str, Any]) -> nn.Module:
     try:
         with _no_progress_bars():
             model, info = kind.from_pretrained(
-                folder, dtype=getattr(torch, record["dtype"]), local_files_only=True, output_loading_info=True
+                folder,
+                dtype=getattr(torch, record["dtype"]),
+                local_files_only=True,
+                output_loading_info=True,
+                **record.get("options", {}),
             )
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise LoweringError(f"the checkpoint in {folder} does not load: {error}; export it again") from error

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from transformers import BertModel
 
 import graphprune as gp
 from graphprune.ir.printer import print_program
@@ -73,6 +74,16 @@ def test_cut_outputs_stay_cut(tmp_path: Path) -> None:
     program = gp.transform(MODELS["bert_qa"]().eval(), "keep-outputs{names=start_logits}")
     gp.save(program, tmp_path / "saved")
     assert list(gp.load(tmp_path / "saved")(torch.ones(2, 4, dtype=torch.int64)).keys()) == ["start_logits"]
+
+
+def test_what_the_class_was_built_without_stays_out(tmp_path: Path) -> None:
+    model = BertModel(MODELS["bert_qa"]().config, add_pooling_layer=False).eval()
+    program = gp.transform(model, "insert-masks{pattern=4x1}")
+    gp.save(program, tmp_path / "saved")
+    loaded = gp.load(tmp_path / "saved")
+    ids = torch.randint(0, 99, (2, 6))
+    assert torch.equal(loaded(ids).last_hidden_state, program(ids).last_hidden_state)
+    assert not [name for name in loaded.state_dict() if name.startswith("pooler")]
 
 
 class TestRefusals:

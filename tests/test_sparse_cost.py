@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import graphprune as gp
+from graphprune.sparsity.packed import Packed
 from graphprune.targets.sparse_cpu import SparseCpu, cost
 from graphprune.targets.sparse_cpu.cost import Decision, decide
 from tests.packed_programs import blocked, integers
@@ -30,7 +31,7 @@ class _Clock:
     def __init__(self, gain: float) -> None:
         self.gain, self.asked = gain, 0
 
-    def __call__(self, weight: Tensor, tokens: int) -> float:
+    def __call__(self, weight: Tensor, packed: Packed, tokens: int) -> float:
         self.asked += 1
         return self.gain
 
@@ -150,5 +151,9 @@ def test_integers_are_measured_as_integers(measured: Set, tmp_path: Path) -> Non
 def test_the_cost_model_decides(gain: float, kernel: str, measured: Set, tmp_path: Path) -> None:
     measured(gain)
     manifest = gp.export(blocked("mlp"), "sparse-cpu", tmp_path / "out").manifest
-    assert {"first.weight", "second.weight"} <= set(manifest.coverage[kernel])
+    names = {"first.weight", "second.weight"}
+    assert names <= set(manifest.coverage[kernel])
+    decided = json.loads((tmp_path / "out" / "model.json").read_text())["decisions"]
+    assert set(decided) == names
+    assert all((item["sparse"], item["gain"], item["block"]) == (gain > 1, gain, 4) for item in decided.values())
     assert gp.verify(tmp_path / "out").passed

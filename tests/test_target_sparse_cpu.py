@@ -150,16 +150,14 @@ def test_one_package_runs_on_every_instruction_set(isa: str, tmp_path: Path) -> 
 
 
 @needs_compiler
-def test_the_note_says_where_weights_are_and_why_they_are_sparse() -> None:
+def test_the_note_says_where_weights_are() -> None:
     folder, _ = _exported("residual", "static", "4x1")
     note = json.loads((folder / "model.json").read_text())
     names = {"stem.weight", "branch1.weight", "branch2.weight"}
-    assert set(note["sparse"]) == set(note["decisions"]) == names
+    assert set(note["sparse"]) == names
+    assert note["decisions"] == {}  # all=True asks for no measurement
     parts = {"values", "columns", "starts", "scales", "rows", "features", "step"}
     assert all(place.keys() == parts for place in note["sparse"].values())
-    assert all(
-        0 < item["zeros"] < 1 and item["gain"] > 0 and item["block"] in (1, 4) for item in note["decisions"].values()
-    )
 
 
 @needs_compiler

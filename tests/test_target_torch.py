@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import BertModel
 
 import graphprune as gp
 from graphprune.artifact.models import load_model
@@ -84,6 +85,13 @@ def test_anyone_loads_the_checkpoint(tmp_path: Path) -> None:
     assert type(loaded) is type(model)
     locked = gp.transform(loaded, "lock-masks{pattern=4x1}")
     assert {site.name for site in masked_sites(locked)} == set(masks)
+
+
+def test_a_class_that_was_built_without_a_part(tmp_path: Path) -> None:
+    model = BertModel(MODELS["bert_qa"]().config, add_pooling_layer=False).eval()
+    gp.export(gp.trace(model), "torch", tmp_path / "out")
+    assert gp.verify(tmp_path / "out").passed
+    assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if name.startswith("pooler")]
 
 
 def test_a_normalization_takes_the_folded_bias(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -30,11 +30,13 @@ class Source:
         model: ``package.module:ClassName`` of the source model.
         factory: ``package.module:function`` that builds the source model, where it has no Hugging Face config.
         trace: Options of the trace: constants, and shapes and dtypes of the example inputs.
+        options: Arguments that the class takes beside its Hugging Face config.
     """
 
     model: str
     factory: str | None
     trace: Mapping[str, object]
+    options: Mapping[str, bool] = field(default_factory=dict)
 
 
 class Program(fx.GraphModule):

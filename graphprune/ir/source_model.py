@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -35,6 +37,34 @@ def resolve(path: str) -> Any:
     return value
 
 
+def constructor_options(model: nn.Module) -> dict[str, bool]:
+    """Switches of a Hugging Face model that its config does not hold, such as ``add_pooling_layer=False``.
+
+    They are told from the names of its tensors: the fewest that give a model the same names.
+
+    Args:
+        model: Of any class; not mutated.
+
+    Returns:
+        Arguments of its constructor that do not have their defaults. Empty for classes that are not of transformers.
+    """
+    kind, config = type(model), getattr(model, "config", None)
+    if config is None or not kind.__module__.startswith("transformers."):
+        return {}
+    defaults = {name: item.default for name, item in inspect.signature(kind).parameters.items()}
+    switches = [name for name, default in defaults.items() if isinstance(default, bool)]
+    if not switches:
+        return {}
+    wanted = model.state_dict().keys()
+    for changed in itertools.chain.from_iterable(itertools.combinations(switches, n) for n in range(len(switches) + 1)):
+        options = {name: not defaults[name] for name in changed}
+        with torch.device("meta"):
+            built = kind(copy.deepcopy(config), **options)
+        if built.state_dict().keys() == wanted:
+            return options
+    return {}
+
+
 def build_source(source: Source, config: object | None) -> nn.Module:
     """Build a source model, with the weights that its class starts from.
 
@@ -51,7 +81,7 @@ def build_source(source: Source, config: object | None) -> nn.Module:
         raise GraphPruneError(
             f"the source {source.model} has no Hugging Face config; load it with model=, or trace it with factory="
         )
-    return resolve(source.model)(config)  # type: ignore[no-any-return]
+    return resolve(source.model)(config, **source.options)  # type: ignore[no-any-return]
 
 
 def source_model(program: Program) -> nn.Module:

@@ -20,6 +20,7 @@ from graphprune.ir.interface import Fill, Input, Interface, is_label, source_sig
 from graphprune.ir.normalize import normalize
 from graphprune.ir.parity import check_parity
 from graphprune.ir.program import Program, Source
+from graphprune.ir.source_model import constructor_options
 from graphprune.ir.verifier import verify
 
 _SIZE_NAMES = ("b", "s", "t", "u", "v", "w", "x", "y", "z")
@@ -230,7 +231,7 @@ def _build(
         graph,
         name=_snake_case(kind.__name__),
         interface=interface,
-        source=Source(f"{kind.__module__}:{kind.__qualname__}", factory, options),
+        source=Source(f"{kind.__module__}:{kind.__qualname__}", factory, options, constructor_options(model)),
         config=getattr(model, "config", None),
     )
 

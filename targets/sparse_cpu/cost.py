@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from graphprune.ir.sparse_operators import pack, pack_bytes, sparse_linear, sparse_linear_int8
-from graphprune.sparsity.packed import choose_block, pack_matrix
+from graphprune.sparsity.packed import Packed, choose_block, pack_matrix
 from graphprune.targets.sparse_cpu.building import cache_folder, kernel_key, load_kernels
 
 _MARGIN = 0.95
@@ -62,42 +62,35 @@ def decide(weight: Tensor, tokens: int, quantized: bool = False) -> Decision:
     isa = load_kernels()
     zeros = 1 - float(weight.count_nonzero()) / max(1, weight.numel())
     block = choose_block(weight)
-    packed = pack_matrix(weight.sign().to(torch.int8) if quantized else weight.float(), block)
+    dense = (weight.sign() * 64).to(torch.int8) if quantized else weight.float().contiguous()
+    packed = pack_matrix(dense, block)
     stored = packed.columns.numel() * block / max(1, weight.numel())
-    threads = torch.get_num_threads()
-    kind = "int8" if quantized else "fp32"
+    kind, threads = "int8" if quantized else "fp32", torch.get_num_threads()
     key = f"{kind} {weight.shape[0]}x{weight.shape[1]} block={block} stored={stored:.2f} tokens={tokens} threads={threads}"
-    known = _read()
-    if key not in known:
-        measure = _measure_integers if quantized else _measure_floats
-        known = _read()  # others may have written meanwhile
-        known[key] = round(measure(weight, tokens), 3)
-        _write(known)
-    gain = known[key]
+    gain = _read().get(key)
+    if gain is None:
+        gain = round((_measure_integers if quantized else _measure_floats)(dense, packed, tokens), 3)
+        _write({**_read(), key: gain})  # others may have written meanwhile
     return Decision(isa != "torch" and gain * _MARGIN >= 1, gain, zeros, block)
 
 
-def _measure_floats(weight: Tensor, tokens: int) -> float:
+def _measure_floats(weight: Tensor, packed: Packed, tokens: int) -> float:
     rows, features = weight.shape
-    packed = pack_matrix(weight.float(), choose_block(weight))
-    x, values = torch.randn(1, tokens, features), weight.float().contiguous()
-    bias = torch.zeros(rows)
+    x, bias = torch.randn(1, tokens, features), torch.zeros(rows)
     parts = (packed.values, packed.columns, packed.starts)
     return _ratio(
-        lambda: torch.nn.functional.linear(x, values, bias),
+        lambda: torch.nn.functional.linear(x, weight, bias),
         lambda: sparse_linear(pack(x), *parts, bias, None, (1, tokens), rows),
     )
 
 
-def _measure_integers(weight: Tensor, tokens: int) -> float:
+def _measure_integers(weight: Tensor, packed: Packed, tokens: int) -> float:
     rows, features = weight.shape
-    grid = (weight.sign() * 64).to(torch.int8)
-    packed = pack_matrix(grid, choose_block(weight))
     x, bias, scales = torch.randn(1, tokens, features), torch.zeros(rows), torch.full((rows,), 0.01)
     correction, zeros = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int64)
     parts = (packed.values, packed.columns, packed.starts, correction, scales)
     onednn: Any = torch.ops.onednn
-    dense = onednn.qlinear_prepack(grid, [1, tokens, features])
+    dense = onednn.qlinear_prepack(weight, [1, tokens, features])
     quantized = torch.randint(0, 255, (1, tokens, features), dtype=torch.uint8)
 
     def run_dense() -> Tensor:

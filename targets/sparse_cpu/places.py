@@ -36,7 +36,7 @@ def packed_places(program: Program, constants: Mapping[str, Constant]) -> dict[s
         buffer = str(read_argument(node, "values").target)
         site = buffer.removesuffix("_values")
         parts = _PARTS if node.target is sparse_linear_int8 else _PARTS[:3]
-        wanted = {part: program.tensor(f"{site}_{part}") for part in parts}
+        wanted = {part: program.tensor(str(read_argument(node, part).target)) for part in parts}
         places = find_places(constants, wanted, {})
         lacking = [part for part in parts if part not in places]
         if lacking:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from graphprune.errors import LoweringError
 from graphprune.ir import ops
@@ -19,11 +20,11 @@ from graphprune.pipeline.legalize import legalized
 from graphprune.pipeline.manager import PassManager
 from graphprune.pipeline.target import Choice, Choices, Lowered, Run, StoredWeight, Support, Target
 from graphprune.sparsity.layout import Layout, to_logical
-from graphprune.targets.inductor_model.compiling import compile_package
-from graphprune.targets.inductor_model.package import find_places, read_constants, read_note, write_places
-from graphprune.targets.inductor_model.reading import stored_weight, take_integers, weights_of
-from graphprune.targets.inductor_model.rewriting import inference_copy, use_integers
-from graphprune.targets.inductor_model.running import MODEL, NOTE, note_of, open_package
+from graphprune.targets.inductor_model.package import read_constants, read_note, write_places
+from graphprune.targets.inductor_model.packaging import FORMATS, write_package
+from graphprune.targets.inductor_model.reading import stored_weight
+from graphprune.targets.inductor_model.rewriting import inference_copy
+from graphprune.targets.inductor_model.running import MODEL, NOTE, open_package
 from graphprune.targets.sparse_cpu.building import load_kernels
 from graphprune.targets.sparse_cpu.cost import Decision, decide
 from graphprune.targets.sparse_cpu.places import packed_places, packed_weights
@@ -49,9 +50,9 @@ class SparseCpu(Target):
     extra = "sparse-cpu"
     fresh = True
     remarks: ClassVar[Mapping[str, str]] = {
-        "unstructured": "linear layers of 90 % zeros or more",
-        "NxM": "linear layers; blocks of 4x1 and of more rows",
-        "N:M": "as single weights, which pay off from about 85 % zeros",
+        "unstructured": "linear layers, where it was measured to be faster",
+        "NxM": "linear layers; 4x1 and more rows as blocks, others as single weights",
+        "N:M": "zeros are skipped where that was measured to be faster",
         "channel": "linear layers; a channel is a block like any other",
         "int8": "linear layers with activations of 8 bits, and tables; other weights are float numbers on their grid",
         "dynamic uint8": "dense layers; the sparse kernels take fixed scales",
@@ -74,25 +75,24 @@ class SparseCpu(Target):
     @classmethod
     def capabilities(cls) -> Mapping[str, Support]:
         """Zeros of linear layers are skipped, in blocks and one by one; the rest is that of target inductor."""
-        return {
-            "unstructured": Support.EXPLOITED,
-            "NxM": Support.EXPLOITED,
-            "N:M": Support.STORED,
-            "channel": Support.EXPLOITED,
-            "fp32": Support.EXPLOITED,
-            "fp16": Support.STORED,
-            "bf16": Support.STORED,
-            "int8": Support.EXPLOITED,
-            "uint8": Support.EXPLOITED,
-            "int4": Support.REFUSED,
-            "uint4": Support.REFUSED,
-            "int8 per group": Support.REFUSED,
-            "int4 per group": Support.REFUSED,
-            "dynamic uint8": Support.EXPLOITED,
+        patterns = {**dict.fromkeys(("unstructured", "NxM", "channel"), Support.EXPLOITED), "N:M": Support.STORED}
+        return {**patterns, **FORMATS}
+
+    def candidates(self, program: Program) -> dict[str, Tensor]:
+        """Weights of linear layers that have zeros, ``[out, in]``, by name.
+
+        Args:
+            program: Legalized.
+        """
+        found = {
+            site.name: to_logical(program.tensor(site.name).detach(), site.layout)
+            for site in find_sites(program)[0]
+            if site.layout is not Layout.CONV
         }
+        return {name: weight for name, weight in found.items() if weight.dtype is torch.float32 and not weight.all()}
 
     def decisions(self, program: Program) -> dict[str, Decision]:
-        """What the cost model says of each layer that has a sparse kernel, by name of its weight; measures what it does not know.
+        """What the cost model says of each candidate, by name; measures what it does not know.
 
         Args:
             program: Legalized.
@@ -100,12 +100,9 @@ class SparseCpu(Target):
         Raises:
             LoweringError: The kernels cannot be compiled here.
         """
+        integers = {site.name for site in find_sites(program)[0] if _quantized(program, site)}
         return {
-            site.name: decide(weight, self.tokens, _quantized(program, site))
-            for site in find_sites(program)[0]
-            if site.layout is not Layout.CONV
-            and (weight := to_logical(program.tensor(site.name).detach(), site.layout)).dtype is torch.float32
-            and not bool(weight.all())
+            name: decide(weight, self.tokens, name in integers) for name, weight in self.candidates(program).items()
         }
 
     def choices(self, program: Program) -> Choices:
@@ -140,8 +137,10 @@ class SparseCpu(Target):
             LoweringError: No compiler, an operator that cannot be compiled, or a number format without a kernel.
         """
         load_kernels()
-        decisions = self.decisions(program)
-        taken = tuple(name for name, decision in decisions.items() if decision.sparse or self.all)
+        decisions = {} if self.all else self.decisions(program)
+        taken = (
+            tuple(self.candidates(program)) if self.all else tuple(n for n, item in decisions.items() if item.sparse)
+        )
         layouts = {site.name: site.layout for site in find_sites(program)[0]}
         steps = [
             RemoveDropout(),
@@ -150,24 +149,15 @@ class SparseCpu(Target):
         ]
         packed = PassManager(tuple(steps)).run(legalized(program, ()), in_place=True).program
         copied, outputs = inference_copy(packed, (pack, pack_bytes, attention, *LAYERS))
-        weights, scales = weights_of(copied)
-        counts = use_integers(copied)
-        take_integers(copied, weights, scales, layouts)
-        limits = compile_package(copied, folder / MODEL, _FIRST)
-        constants = read_constants(folder / MODEL)
-        places = find_places(constants, weights, scales)
-        sparse = packed_places(copied, constants)
-        rest = {
-            **note_of(copied, outputs, limits),
-            "sparse": sparse,
-            "decisions": {name: asdict(decision) for name, decision in decisions.items()},
-        }
-        write_places(folder / NOTE, places, rest)
+        made = write_package(copied, outputs, layouts, folder, _FIRST)
+        sparse = packed_places(copied, made.constants)
+        decided = {name: {**asdict(decision), "sparse": name in sparse} for name, decision in decisions.items()}
+        write_places(folder / NOTE, made.places, {**made.note, "sparse": sparse, "decisions": decided})
         coverage = {
             "sparse kernel": tuple(name for name in layouts if name in sparse),
             "dense kernel": tuple(name for name in layouts if name not in sparse),
         }
-        return Lowered((MODEL, NOTE), copied.interface.names, outputs, coverage, {**counts, "packed": len(sparse)})
+        return Lowered((MODEL, NOTE), copied.interface.names, outputs, coverage, {**made.counts, "packed": len(sparse)})
 
     def open(self, folder: Path, threads: int | None = None) -> Run:
         """Compile the kernels if this machine has not yet, and load ``model.pt2``; threads are set for all of torch in this process."""

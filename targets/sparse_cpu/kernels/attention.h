@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "panel.h"
+
 namespace graphprune {
 
 // Where a [batch, heads, tokens, features] tensor has its entries; features lie side by side.
@@ -26,7 +28,7 @@ struct Attention {
 
 // Floats of working memory that one call of a kernel needs.
 inline int64_t attention_scratch(const Attention& a) {
-  const int64_t keys = (a.keys + 63) / 64 * 64;
+  const int64_t keys = (a.keys + kPanel - 1) / kPanel * kPanel;
   return keys * a.features + 4 * keys + 8 * a.features;
 }
 

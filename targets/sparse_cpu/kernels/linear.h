@@ -9,10 +9,10 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "panel.h"
 
 namespace graphprune {
 
-constexpr int kPanel = 64;  // tokens of a panel
 constexpr int kUnit = 16;   // rows that a thread takes at once: a whole number of blocks
 constexpr int kGroup = 4;   // products that an integer dot instruction adds up
 
