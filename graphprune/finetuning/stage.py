@@ -214,16 +214,21 @@ class StageRun:
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
 
-    def _evaluate(self, trainer: Any, split: str, prefix: str) -> None:
-        """Score a split, and write what was predicted for it."""
+    def _evaluate(self, trainer: Any, split: str, prefix: str) -> list[Path]:
+        """Score a split where it has labels, and write what was predicted for it.
+
+        Returns:
+            The files; none but in the first process.
+        """
         self._split = split
         found = trainer.predict(self.features(split), ignore_keys=_HIDDEN, metric_key_prefix=prefix)
         trainer.log(dict(found.metrics))
         trainer.log_metrics(prefix, found.metrics)
         trainer.save_metrics(prefix, found.metrics)
         self.metrics |= {key: float(value) for key, value in found.metrics.items() if isinstance(value, (int, float))}
-        if trainer.is_world_process_zero():
-            self.task.write_predictions(split, found.predictions, Path(self.training.output_dir))
+        if not trainer.is_world_process_zero():
+            return []
+        return self.task.write_predictions(split, found.predictions, Path(self.training.output_dir))
 
     def _evaluated(self) -> Sequence[tuple[str, str]]:
         splits = [name for name in self.task.splits() if name.startswith("validation")]
@@ -238,7 +243,5 @@ class StageRun:
         if not splits:
             raise GraphPruneError("--do_predict needs test data; give --test_file")
         for split in splits:
-            outputs = trainer.predict(self.features(split), ignore_keys=_HIDDEN).predictions
-            if trainer.is_world_process_zero():
-                for path in self.task.write_predictions(split, outputs, Path(self.training.output_dir)):
-                    self.note(f"written to {path}")
+            for path in self._evaluate(trainer, split, split.replace("test", "predict")):
+                self.note(f"written to {path}")
