@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import graphprune as gp
 
@@ -68,6 +69,23 @@ def tiny_tokenizer() -> Any:
         model_max_length=512,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
+
+
+def tiny_classifier(folder: Path) -> Path:
+    """A checkpoint of a BERT of one layer for two classes, whose answers differ from text to text."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    made: Any = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+            max_position_embeddings=64, initializer_range=0.5,
+        )
+    )  # fmt: skip
+    made.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model"
 
 
 @cache

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from tests.task_data import tiny_tokenizer, write
+from tests.task_data import tiny_classifier, write
 
 pytest.importorskip("datasets", reason="fine-tuning needs the extra train")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -16,19 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    folder, tokenizer = tmp_path_factory.mktemp("order") / "model", tiny_tokenizer()
-    torch.manual_seed(0)
-    made: Any = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
-            max_position_embeddings=64, initializer_range=0.5,
-        )
-    )  # fmt: skip
-    made.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny_classifier(tmp_path_factory.mktemp("order"))
 
 
 def test_predictions_are_in_order(model: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from graphprune.ir.interface import is_label, source_signature
 from graphprune.ir.masking import masked_sites
 from graphprune.ir.program import Program
 from graphprune.ir.properties import Property
+from graphprune.passes.keep_outputs import KeepOutputs
 from graphprune.pipeline.durations import check_stage
 from graphprune.pipeline.legalize import legalized
 from graphprune.pipeline.stages import Stage
@@ -29,6 +30,8 @@ from graphprune.tasks.task import Task
 from graphprune.training.distillation import Distillation
 from graphprune.training.teacher_cache import TeacherCache
 
+_TAUGHT = {"output_hidden_states": "hidden_states", "output_attentions": "attentions"}
+"""Options of a model that distillation asks for, and what the outputs are called that they give."""
 _HIDDEN = ["hidden_states", "attentions", "cross_attentions", "past_key_values", "encoder_last_hidden_state"]
 """Outputs that no score needs and no evaluation should gather."""
 
@@ -85,7 +88,8 @@ class StageRun:
             self._predict(trainer)
         # under --bf16 and --fp16 it would go on computing in that
         trainer.accelerator.unwrap_model(program, keep_fp32_wrapper=False)
-        return program if whole is None else gathered(program, whole)
+        result = program if whole is None else gathered(program, whole)
+        return result if distillation is None else _without_taught(result)
 
     def features(self, split: str) -> Any:
         """Features of a split, without columns that the model does not take, such as token types."""
@@ -122,9 +126,9 @@ class StageRun:
             return transform(self.model, (), labels=True, in_place=True), None
         distillation = make_distillation(settings, self.model, self.task, self.training, self.teacher_cache, self.note)
         asked: dict[str, Any] = {
-            name: True
-            for name, weight in (("output_hidden_states", settings.hidden), ("output_attentions", settings.attentions))
-            if weight
+            option: True
+            for option, weight in zip(_TAUGHT, (settings.hidden, settings.attentions), strict=True)
+            if weight and not getattr(self.model.config, option, False)
         }
         program = transform(self.model, (), labels=True, in_place=True, **asked)
         self._rows = next((item for item in distillation.teachers if isinstance(item, TeacherCache)), None)
@@ -245,3 +249,11 @@ class StageRun:
         for split in splits:
             for path in self._evaluate(trainer, split, split.replace("test", "predict")):
                 self.note(f"written to {path}")
+
+
+def _without_taught(program: Program) -> Program:
+    """Without the outputs that only distillation asked for; a file would compute them each time it runs."""
+    asked = [kind for option, kind in _TAUGHT.items() if program.interface.constants.get(option)]
+    names = program.interface.output_names
+    kept = tuple(name for name in names if not any(kind in name for kind in asked))
+    return program if kept == names else transform(program, (KeepOutputs(kept),), in_place=True)
