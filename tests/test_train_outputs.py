@@ -1,12 +1,15 @@
-"""What distillation needs of a model while it trains is not in what is delivered."""
+"""What a run delivers: without what only training needed, and what was loaded computes the same."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import graphprune as gp
 from tests.task_data import tiny_classifier, write
@@ -40,3 +43,29 @@ def test_hidden_states_and_attentions_are_cut(asked: bool, tmp_path: Path) -> No
         if leaf is not None
     ]
     assert kept == ["loss", *names]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "program/model.safetensors"])
+def test_verify_loading_fails_the_run_where_outputs_differ(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphprune.finetuning import run
+
+    save = run.save_outputs
+
+    def save_and_damage(program: gp.Program, tokenizer: Any, folder: Path) -> None:
+        save(program, tokenizer, folder)
+        state = load_file(folder / file)
+        state["classifier.bias"] += torch.tensor([0.0, 1e-3])
+        save_file(state, folder / file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(run, "save_outputs", save_and_damage)
+    data = write(tmp_path, "rows.csv", "text,label\n" + "the red boat,near\na small city,long\n" * 4)
+    words = (
+        f"--model_name_or_path {tiny_classifier(tmp_path)} --train_file {data} --validation_file {data} --do_eval --use_cpu "
+        f"--verify_loading --output_dir {tmp_path / 'out'}"
+    )
+    with pytest.raises(
+        gp.VerifyError, match=r"output logits of what was loaded differs by .* The files are not what was trained"
+    ):
+        run.finetune("glue", words.split())
