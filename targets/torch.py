@@ -21,9 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from graphprune.errors import LoweringError
 from graphprune.ir.interface import is_label
 from graphprune.ir.masking import Pruned
-from graphprune.ir.program import Program, Source
+from graphprune.ir.program import Program
 from graphprune.ir.quantizing import Dequantized
 from graphprune.ir.sites import Site, find_sites
+from graphprune.ir.source import Source
 from graphprune.ir.source_model import build_source, resolve, source_model
 from graphprune.pipeline.records import read_record
 from graphprune.pipeline.target import Lowered, Run, StoredWeight, Support, Target

@@ -71,21 +71,29 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def tiny_classifier(folder: Path) -> Path:
-    """A checkpoint of a BERT of one layer for two classes, whose answers differ from text to text."""
-    from transformers import BertConfig, BertForSequenceClassification
+def tiny_bert(folder: Path, kind: str, **options: Any) -> Path:
+    """A checkpoint of a BERT with random weights and the tiny tokenizer.
+
+    Args:
+        folder: Where to.
+        kind: Its class in transformers.
+        **options: Of its config.
+    """
+    import transformers
 
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    made: Any = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
-            max_position_embeddings=64, initializer_range=0.5,
-        )
-    )  # fmt: skip
-    made.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return folder / "model"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **{**sizes, **options})
+    model: Any = getattr(transformers, kind)(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_classifier(folder: Path) -> Path:
+    """A checkpoint for two classes, in a folder of its own, whose answers differ from text to text."""
+    return tiny_bert(folder / "model", "BertForSequenceClassification", num_hidden_layers=1, initializer_range=0.5)
 
 
 @cache

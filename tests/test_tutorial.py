@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from graphprune.artifact.manifest import Manifest
 from graphprune.cli import app
-from tests.task_data import tiny_tokenizer
+from tests.task_data import tiny_bert
 
 pytest.importorskip("datasets", reason="fine-tuning needs the extra train")
 pytest.importorskip("onnxruntime", reason="the ONNX target needs the extra onnx")
@@ -21,27 +19,11 @@ pytest.importorskip("onnxruntime", reason="the ONNX target needs the extra onnx"
 PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
 
 
-def tiny_model(folder: Path) -> Path:
-    from transformers import BertConfig, BertModel
-
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    model: Any = BertModel(
-        BertConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-            max_position_embeddings=64,
-        )
-    )  # fmt: skip
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    model = tiny_model(tmp_path / "model")
+    model = tiny_bert(tmp_path / "model", "BertModel")
     blocks = re.findall(r"```(sh|python)\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 9
     ran = 0

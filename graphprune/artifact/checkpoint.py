@@ -19,7 +19,8 @@ from graphprune.artifact.training_file import read_training, write_training
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.ir.interface import Fill
 from graphprune.ir.masking import check_patterns
-from graphprune.ir.program import Program, Source
+from graphprune.ir.program import Program
+from graphprune.ir.source import Source
 from graphprune.ir.source_model import build_source, resolve
 from graphprune.ir.trace import trace
 from graphprune.ir.training_log import TrainingLog

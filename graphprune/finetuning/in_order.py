@@ -17,9 +17,9 @@ class _InOrder:
     args: Any
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler | None:
-        return (
-            SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
-        )  # else accelerate cuts it up in order
+        if self.args.world_size > 1:
+            return None  # accelerate cuts it up in order
+        return SequentialSampler(eval_dataset)
 
 
 class InOrderTrainer(_InOrder, Trainer):  # type: ignore[misc]

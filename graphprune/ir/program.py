@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -15,28 +14,12 @@ from graphprune.errors import TraceError, VerifyError, suggest
 from graphprune.ir.blocks import Block, Holder, copy_graph, executable, flat_graph
 from graphprune.ir.interface import Interface, named_forward
 from graphprune.ir.properties import Property
+from graphprune.ir.source import Source
 from graphprune.ir.training_log import TrainingLog
 
 FREEZABLE = ("observers", "batch-norm")
 META = "graphprune"
 """Key under which ``node.meta`` holds graphprune's decisions, a mapping from decision type to a frozen dataclass."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a Program came from, as data, so that it can be traced again when it is loaded.
-
-    Attributes:
-        model: ``package.module:ClassName`` of the source model.
-        factory: ``package.module:function`` that builds the source model, where it has no Hugging Face config.
-        trace: Options of the trace: constants, and shapes and dtypes of the example inputs.
-        options: Arguments that the class takes beside its Hugging Face config.
-    """
-
-    model: str
-    factory: str | None
-    trace: Mapping[str, object]
-    options: Mapping[str, bool] = field(default_factory=dict)
 
 
 class Program(fx.GraphModule):

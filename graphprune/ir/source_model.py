@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
-import itertools
 from typing import Any
 
 import torch
@@ -15,7 +13,8 @@ from graphprune.errors import GraphPruneError, LoweringError
 from graphprune.ir import ops
 from graphprune.ir.blocks import FLAGS
 from graphprune.ir.origin import origin
-from graphprune.ir.program import Program, Source
+from graphprune.ir.program import Program
+from graphprune.ir.source import Source
 
 _ADDED = (ops.fake_quantize, ops.dynamic_fake_quantize, ops.observe)
 """Operators whose own buffers the source does not need: what they do to weights is in the weights."""
@@ -35,34 +34,6 @@ def resolve(path: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise GraphPruneError(f"cannot import {path}: {error}; install what defines it, or pass model=") from error
     return value
-
-
-def constructor_options(model: nn.Module) -> dict[str, bool]:
-    """Switches of a Hugging Face model that its config does not hold, such as ``add_pooling_layer=False``.
-
-    They are told from the names of its tensors: the fewest that give a model the same names.
-
-    Args:
-        model: Of any class; not mutated.
-
-    Returns:
-        Arguments of its constructor that do not have their defaults. Empty for classes that are not of transformers.
-    """
-    kind, config = type(model), getattr(model, "config", None)
-    if config is None or not kind.__module__.startswith("transformers."):
-        return {}
-    defaults = {name: item.default for name, item in inspect.signature(kind).parameters.items()}
-    switches = [name for name, default in defaults.items() if isinstance(default, bool)]
-    if not switches:
-        return {}
-    wanted = model.state_dict().keys()
-    for changed in itertools.chain.from_iterable(itertools.combinations(switches, n) for n in range(len(switches) + 1)):
-        options = {name: not defaults[name] for name in changed}
-        with torch.device("meta"):
-            built = kind(copy.deepcopy(config), **options)
-        if built.state_dict().keys() == wanted:
-            return options
-    return {}
 
 
 def build_source(source: Source, config: object | None) -> nn.Module:

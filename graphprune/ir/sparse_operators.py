@@ -181,9 +181,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     """
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale)
     if mask is not None and mask.dtype is torch.bool:
-        y = y.masked_fill(
-            ~mask.expand(*q.shape[:3], k.shape[2]).any(-1, keepdim=True), 0.0
-        )  # versions of torch differ there
+        seen = mask.expand(*q.shape[:3], k.shape[2]).any(-1, keepdim=True)
+        y = y.masked_fill(~seen, 0.0)  # versions of torch differ there
     return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 

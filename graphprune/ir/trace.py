@@ -19,8 +19,8 @@ from graphprune.ir.examples import add_labels, add_optional_inputs, default_inpu
 from graphprune.ir.interface import Fill, Input, Interface, is_label, source_signature
 from graphprune.ir.normalize import normalize
 from graphprune.ir.parity import check_parity
-from graphprune.ir.program import Program, Source
-from graphprune.ir.source_model import constructor_options
+from graphprune.ir.program import Program
+from graphprune.ir.source import Source, constructor_options
 from graphprune.ir.verifier import verify
 
 _SIZE_NAMES = ("b", "s", "t", "u", "v", "w", "x", "y", "z")
