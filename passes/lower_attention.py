@@ -1,7 +1,9 @@
 """Compute attention in a kernel of our own.
 
-Before: ``scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=s)``.  After: ``graphprune.attention(q, k, v, mask, s, causal)``.
-Equal up to the order of sums.  The operator: ``graphprune/ir/sparse_operators.py``.
+Before: ``scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=s)``.
+After: ``graphprune.attention(q, k, v, mask, s, causal, bfloat16)``.
+Equal up to the order of sums; with ``bfloat16=true`` up to the rounding of the factors.
+The operator: ``graphprune/ir/sparse_operators.py``.
 """
 
 from __future__ import annotations
@@ -25,9 +27,15 @@ _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 @dataclass(frozen=True)
 class LowerAttention(Pass):
-    """Write scaled dot-product attention as an operator that has a kernel for any CPU here. For inference: it has no gradient."""
+    """Write scaled dot-product attention as an operator that has a kernel for any CPU here. For inference: it has no gradient.
+
+    Attributes:
+        bfloat16: Factors may be rounded to bfloat16, where the CPU multiplies those faster.
+    """
 
     name = "lower-attention"
+
+    bfloat16: bool = False
 
     def run(self, program: Program) -> PassResult:
         """Replace every attention whose shapes and dtypes the kernel takes."""
@@ -54,6 +62,7 @@ class LowerAttention(Pass):
                     _narrow(given.get("attn_mask")),
                     float(scale),
                     causal,
+                    self.bfloat16,
                 )
             node.replace_all_uses_with(made)
             program.graph.erase_node(node)

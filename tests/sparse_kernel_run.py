@@ -248,11 +248,19 @@ def check_attention() -> None:
             want = want if blind is None else want.masked_fill(blind.unsqueeze(-1), 0.0)
             expect_close(f"attention {q.shape} {k.shape} {name}", y, want, v)
             assert y.transpose(1, 2).is_contiguous()
+            rounded = attention(q, k, v, mask, 0.2, False, True)
+            assert (rounded - want).abs().max() <= 2**-6 * v.abs().max(), (
+                f"bfloat16 attention {q.shape} {k.shape} {name}"
+            )
         if queries == keys:
             want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2)
             expect_close(f"causal attention {q.shape}", attention(q, k, v, None, 0.2, True), want, v)
+            rounded = attention(q, k, v, None, 0.2, True, True)
+            assert (rounded - want).abs().max() <= 2**-6 * v.abs().max(), f"causal bfloat16 attention {q.shape}"
     q = torch.randn(1, 2, 5, 16)
-    assert not bool(attention(q, q, q, torch.zeros(1, 1, 1, 5, dtype=torch.bool), 1.0).any())
+    for bfloat16 in (False, True):
+        assert not bool(attention(q, q, q, torch.zeros(1, 1, 1, 5, dtype=torch.bool), 1.0, False, bfloat16).any())
+        assert bool(attention(q, q, q * torch.nan, None, 1.0, False, bfloat16).isnan().all())
     assert attention(q[:, :, :0], q, q, None, 1.0).shape == (1, 2, 0, 16)
     if load_kernels() != "torch":
         wide = torch.randn(1, 2, 5, 17)
@@ -343,10 +351,23 @@ def _refused(operator: Any, arguments: dict[str, Any], words: tuple[str, ...]) -
     assert all(word in said for word in words), f"{said} does not say {words}"
 
 
+def check_large() -> None:
+    """Memory of large results is used again, but not while they are there."""
+    x = torch.randn(2**17 + 3, 64)  # 32 MiB and more
+    want = [pack(x[:64] + number) for number in range(4)]
+    kept = [pack(x + number) for number in range(2)]
+    for number in (2, 3):
+        kept.append(pack(x + number))
+        assert all(torch.equal(y[:1], w) for y, w in zip(kept, want[number - 2 :], strict=False)), "a result changed"
+        kept.pop(0)
+    del kept
+    assert torch.equal(pack(x[: 2**17 - 64])[:1], want[0])
+
+
 EXACT: tuple[Callable[[], None], ...] = (
     check_panels, check_rounding, check_strides, check_strided_residuals, check_floats, check_float_epilogues,
     check_activations, check_bfloat16, check_integers, check_integer_epilogues, check_extremes, check_corners, check_sizes, check_threads,
-    check_attention,
+    check_attention, check_large,
 )  # fmt: skip
 """What holds for the meaning of the operators, with torch alone too."""
 REFUSALS: tuple[Callable[[], None], ...] = (check_errors, check_packed_that_are_damaged)

@@ -100,3 +100,11 @@ def test_what_is_left_to_torch() -> None:
 
 def test_text_reads_back() -> None:
     assert Recipe.of(["lower-attention"]).passes == (LowerAttention(),)
+    assert Recipe.of(["lower-attention{bfloat16=true}"]).passes == (LowerAttention(True),)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_operator_is_told_whether_it_may_round(bfloat16: bool) -> None:
+    program = trace(sdpa().eval(), (torch.randn(2, 9, 32),)).eval()
+    (node,) = PassManager((LowerAttention(bfloat16),)).run(program).program.calls(attention)
+    assert node.args[6] is bfloat16

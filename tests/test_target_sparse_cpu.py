@@ -22,6 +22,7 @@ from graphprune.errors import LoweringError
 from graphprune.ir.program import Program
 from graphprune.ir.sites import find_sites
 from graphprune.ir.trace import trace
+from graphprune.passes import LowerAttention, RemoveDropout
 from graphprune.pipeline.target import PATTERNS, Support
 from graphprune.sparsity.layout import to_logical
 from graphprune.targets.sparse_cpu import SparseCpu, cost
@@ -235,6 +236,19 @@ def test_options_out_of_range_are_refused(tokens: int) -> None:
 def test_other_storage_is_refused() -> None:
     with pytest.raises(LoweringError, match="storage=float16 is neither float32 nor bfloat16"):
         SparseCpu(storage="float16")
+
+
+def test_other_attention_is_refused() -> None:
+    with pytest.raises(LoweringError, match="attention=float16 is none of auto, float32, bfloat16"):
+        SparseCpu(attention="float16")
+
+
+@pytest.mark.parametrize(("way", "option", "rounded"), [
+    ("fp32", "auto", False), ("static", "auto", True), ("static", "float32", False), ("fp32", "bfloat16", True),
+])  # fmt: skip
+def test_attention_is_rounded_where_layers_are_quantized(way: str, option: str, rounded: bool) -> None:
+    passes = SparseCpu(attention=option).passes(_program("residual", way, "4x1"), ())
+    assert passes == (RemoveDropout(), LowerAttention(rounded))
 
 
 def test_capabilities_exploit_what_has_a_kernel() -> None:

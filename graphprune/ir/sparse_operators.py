@@ -37,7 +37,9 @@ _library.define(
     "sparse_linear_int8(Tensor panels, Tensor values, Tensor columns, Tensor starts, Tensor correction, Tensor scales, Tensor? bias, "
     "Tensor? residual, SymInt[] sizes, int rows, str activation='none', str result='rows', float scale=1.0, int zero_point=0) -> Tensor"
 )
-_library.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal=False) -> Tensor")
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal=False, bool bfloat16=False) -> Tensor"
+)
 pack = torch.ops.graphprune.pack.default
 pack_bytes = torch.ops.graphprune.pack_bytes.default
 sparse_linear = torch.ops.graphprune.sparse_linear.default
@@ -165,7 +167,9 @@ def _sparse_linear_int8(
     return _finish((sums - correction).float() * scales, bias, residual, sizes, activation, result, scale, zero_point)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False, bfloat16: bool = False
+) -> Tensor:
     """Scaled dot-product attention without dropout.
 
     Args:
@@ -175,6 +179,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
         mask: Bool, true = may be seen, or float32 that is added to the scores; broadcast to ``[batch, heads, queries, keys]``.
         scale: Of the scores.
         causal: A query sees keys up to its own place.
+        bfloat16: Factors may be rounded to bfloat16, where the CPU multiplies those faster; sums are float32 all the same.
 
     Returns:
         Shape of ``q``; in memory ``[batch, queries, heads, features]``, so that heads can be joined without a copy.
@@ -186,7 +191,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _fake_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False) -> Tensor:
+def _fake_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False, bfloat16: bool = False
+) -> Tensor:
     batch, heads, queries, features = q.shape
     return q.new_empty((batch, queries, heads, features)).transpose(1, 2)
 

@@ -16,6 +16,7 @@ from graphprune.ir.program import Program
 from graphprune.ir.sites import Site, find_sites
 from graphprune.ir.sparse_operators import LAYERS, PANEL, attention, pack, pack_bytes
 from graphprune.passes import FuseEpilogues, KeepPanels, LowerAttention, PackLinear, RemoveDropout
+from graphprune.pipeline.base import Pass
 from graphprune.pipeline.legalize import legalized
 from graphprune.pipeline.manager import PassManager
 from graphprune.pipeline.target import Choice, Choices, Lowered, Run, StoredWeight, Support, Target
@@ -42,6 +43,8 @@ class SparseCpu(Target):
     Attributes:
         tokens: Tokens that the model is expected to see at once (batch times length); the cost of each layer is measured for so many.
         storage: ``float32``, or ``bfloat16`` for half the bytes of packed weights that are not quantized.
+        attention: ``float32``, ``bfloat16`` for products of numbers rounded to that, on CPUs that have instructions for them, or ``auto``:
+            bfloat16 in models with quantized linear layers.
         all: Take the sparse kernel for every layer that has one, faster or not.
     """
 
@@ -60,6 +63,7 @@ class SparseCpu(Target):
 
     tokens: int = 128
     storage: str = "float32"
+    attention: str = "auto"
     all: bool = False
 
     def __post_init__(self) -> None:
@@ -67,10 +71,12 @@ class SparseCpu(Target):
             raise LoweringError(f"tokens={self.tokens} is below 1")
         if self.storage not in ("float32", "bfloat16"):
             raise LoweringError(f"storage={self.storage} is neither float32 nor bfloat16")
+        if self.attention not in ("auto", "float32", "bfloat16"):
+            raise LoweringError(f"attention={self.attention} is none of auto, float32, bfloat16")
 
     def tolerance(self) -> float | None:
-        """Weights that are rounded to 8 bits move the outputs by as much."""
-        return 2.0**-7 if self.storage == "bfloat16" else None
+        """Factors that are rounded to 8 bits move the outputs by as much."""
+        return 2.0**-7 if "bfloat16" in (self.storage, self.attention) else None
 
     @classmethod
     def capabilities(cls) -> Mapping[str, Support]:
@@ -142,12 +148,7 @@ class SparseCpu(Target):
             tuple(self.candidates(program)) if self.all else tuple(n for n, item in decisions.items() if item.sparse)
         )
         layouts = {site.name: site.layout for site in find_sites(program)[0]}
-        steps = [
-            RemoveDropout(),
-            LowerAttention(),
-            *([PackLinear(0.0, taken, storage=self.storage), FuseEpilogues(), KeepPanels()] if taken else []),
-        ]
-        packed = PassManager(tuple(steps)).run(legalized(program, ()), in_place=True).program
+        packed = PassManager(self.passes(program, taken)).run(legalized(program, ()), in_place=True).program
         copied, outputs = inference_copy(packed, (pack, pack_bytes, attention, *LAYERS))
         made = write_package(copied, outputs, layouts, folder, _FIRST)
         sparse = packed_places(copied, made.constants)
@@ -158,6 +159,19 @@ class SparseCpu(Target):
             "dense kernel": tuple(name for name in layouts if name not in sparse),
         }
         return Lowered((MODEL, NOTE), copied.interface.names, outputs, coverage, {**made.counts, "packed": len(sparse)})
+
+    def passes(self, program: Program, taken: tuple[str, ...]) -> tuple[Pass, ...]:
+        """What rewrites a Program for the kernels, in this order.
+
+        Args:
+            program: Legalized.
+            taken: Weights of the layers that get a sparse kernel.
+        """
+        rounded = self.attention == "bfloat16"
+        if self.attention == "auto":
+            rounded = any(_quantized(program, site) for site in find_sites(program)[0])
+        packing = (PackLinear(0.0, taken, storage=self.storage), FuseEpilogues(), KeepPanels()) if taken else ()
+        return (RemoveDropout(), LowerAttention(rounded), *packing)
 
     def open(self, folder: Path, threads: int | None = None) -> Run:
         """Compile the kernels if this machine has not yet, and load ``model.pt2``; threads are set for all of torch in this process."""

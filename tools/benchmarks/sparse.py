@@ -16,6 +16,7 @@ from rich.console import Console
 
 from benchmarks.measuring import Measure, Unavailable
 from benchmarks.sparse_artifacts import (
+    DENSE_INT8,
     EAGER,
     LENGTH,
     ONNXRUNTIME,
@@ -107,7 +108,10 @@ class Bench:
             for group in _groups(contenders, plan.quick):
                 what = f"{store.model}, batch {shape.batch}, {shape.sequence} tokens, {shape.threads} threads"
                 with self._console.status(f"measuring {what}"):
-                    found += measure_models(store, group, shape, plan.repeats, self.peaks(shape.threads))
+                    part = measure_models(store, group, shape, plan.repeats, self.peaks(shape.threads))
+                found += part
+                if not plan.quick:  # a long run that is stopped has said something
+                    self._console.print(model_table(part))
         self._console.print(model_table(found))
         if store.model == Model():
             self.goals += model_goals(found)
@@ -138,7 +142,8 @@ def _groups(contenders: Sequence[Contender], together: bool) -> Iterator[list[Co
 def prepare(out: Path, model: Model | None, plan: Plan, fresh: bool, console: Console) -> tuple[Store, list[Contender]]:
     """Find artifacts, and make those that are missing.
 
-    A quick run makes none of BERT-base, which take a minute each: where they are missing, it makes those of one layer in fp32.
+    A quick run makes none of BERT-base, which take a minute each: where they are missing, it makes those of one layer in fp32. Nor does it
+    start DeepSparse and NNCF, which take longer to start than its minute allows.
 
     Args:
         out: Folder of artifacts.
@@ -156,7 +161,7 @@ def prepare(out: Path, model: Model | None, plan: Plan, fresh: bool, console: Co
     store = Store(out, model or Model())
     needed, others = list(required(plan.sparsities)), list(optional(plan.sparsities))
     if plan.quick and model is None and not fresh:
-        known = _known_contenders(store, needed, others)
+        known = _known_contenders(store, (*needed, DENSE_INT8[0]))
         if known:
             return store, known
         store = Store(out, Model(layers=1))
@@ -183,15 +188,10 @@ def prepare(out: Path, model: Model | None, plan: Plan, fresh: bool, console: Co
     return store, [item for item in (*needed, *others) if item not in left_out]
 
 
-def _known_contenders(store: Store, needed: Sequence[Contender], others: Sequence[Contender]) -> list[Contender]:
+def _known_contenders(store: Store, wanted: Sequence[Contender]) -> list[Contender]:
     """What is there already; nothing where there is no sparse artifact, or not both that it is compared with."""
-    there = [item for item in needed if store.fits(item)]
-    if not any(item.sparsity for item in there) or not {ONNXRUNTIME, EAGER} <= set(there):
-        return []
-    more = [item for item in others if store.fits(item)]
-    if any(item.runtime == "deepsparse" for item in more):
-        find_deepsparse()
-    return there + [item for item in more if missing_runtime(item) is None]
+    there = [item for item in wanted if store.fits(item) and missing_runtime(item) is None]
+    return there if any(item.sparsity for item in there) and {ONNXRUNTIME, EAGER} <= set(there) else []
 
 
 def _lower(store: Store, todo: Sequence[Contender], console: Console) -> dict[Contender, str]:
@@ -213,7 +213,10 @@ def bench_sparse(
         list[str] | None, typer.Option(help=f"One of: {', '.join(PARTS)}; repeatable.", show_default="both")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="One shape, few runs, artifacts that are there: a minute.")
+        bool,
+        typer.Option(
+            "--quick", help="One shape, few runs, artifacts that are there, without DeepSparse and NNCF: a minute."
+        ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print rows of whole models as JSON on standard output.")

@@ -26,10 +26,12 @@ struct Attention {
   float* result;           // [batch, queries, heads, features]
 };
 
+constexpr int kQueries = 16;  // that are computed together
+
 // Floats of working memory that one call of a kernel needs.
 inline int64_t attention_scratch(const Attention& a) {
   const int64_t keys = (a.keys + kPanel - 1) / kPanel * kPanel;
-  return keys * a.features + 4 * keys + 8 * a.features;
+  return 2 * keys * a.features + (kQueries + 1) * keys + 2 * kQueries * a.features;
 }
 
 }  // namespace graphprune

@@ -1,17 +1,26 @@
-// Attention of one head, by the same products as linear layers: four queries at a time, against 64 keys, then against all values.
+// Attention of one head, by the same products as linear layers: sixteen queries share a pass over the keys, 64 at a time, and one over the values.
 
 namespace graphprune {
 namespace {
 
-// R rows of `values` times the rows of `x`, into R rows of T registers.
-template <int R, int T>
+// Numbers that are multiplied one at a time, in float. A struct for others has `size` of them side by side in the 32 bits of a lane.
+struct Singles {
+  static constexpr int size = 1;
+  static void add_products(Floats& sum, Floats values, Floats x) { sum = fused(values, x, sum); }
+  static Floats join(Floats first, Floats) { return first; }
+  static void narrow(float*, int64_t) {}  // a row, in place
+};
+
+// R rows of `values` times the rows of `x`, added to R rows of T registers.
+template <class N, int R, int T>
 inline __attribute__((always_inline)) void products(const float* x, int64_t x_stride, const float* values, int64_t value_stride,
-                                                    int64_t next_value, int64_t count, float* to, int64_t to_stride) {
+                                                    int64_t next_value, int64_t count, const float* from, int64_t from_stride, float* to,
+                                                    int64_t to_stride) {
   Floats sum[R][T];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) sum[r][t] = Floats{};
+    for (int t = 0; t < T; ++t) sum[r][t] = load(from + r * from_stride + t * LANES);
   for (int64_t k = 0; k < count; ++k) {
     Floats row[T];
 #pragma GCC unroll 16
@@ -20,7 +29,7 @@ inline __attribute__((always_inline)) void products(const float* x, int64_t x_st
     for (int r = 0; r < R; ++r) {
       const Floats value = fill(values[r * value_stride + k * next_value]);
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) sum[r][t] = fused(value, row[t], sum[r][t]);
+      for (int t = 0; t < T; ++t) N::add_products(sum[r][t], value, row[t]);
     }
   }
 #pragma GCC unroll 16
@@ -29,35 +38,61 @@ inline __attribute__((always_inline)) void products(const float* x, int64_t x_st
     for (int t = 0; t < T; ++t) store(to + r * to_stride + t * LANES, sum[r][t]);
 }
 
-// The same for `columns` floats, a multiple of 16.
+// The same for `columns` lanes, a multiple of 16.
+template <class N>
 inline void products_of(const float* x, int64_t x_stride, const float* values, int64_t value_stride, int64_t next_value, int64_t count,
-                        int64_t columns, float* to, int64_t to_stride) {
-  int64_t at = 0;
-  for (; at + WIDTH * LANES <= columns; at += WIDTH * LANES)
-    products<4, WIDTH>(x + at, x_stride, values, value_stride, next_value, count, to + at, to_stride);
-  for (; at < columns; at += LANES) products<4, 1>(x + at, x_stride, values, value_stride, next_value, count, to + at, to_stride);
-}
-
-// Keys of one head, feature by feature: [panels][features][64].
-inline void pack_keys(const Attention& a, const float* k, float* to) {
-  for (int64_t panel = 0; panel * kPanel < a.keys; ++panel) {
-    const int tokens = tokens_in(a.keys, panel);
-    const float* from = k + panel * kPanel * a.k_strides.token;
-    float* here = to + panel * kPanel * a.features;
-    for (int64_t f = 0; f < a.features; f += 16) {
-      int t = 0;
-      for (; t + 16 <= tokens; t += 16)
-        transpose16(from + t * a.k_strides.token + f, a.k_strides.token, nullptr, here + f * kPanel + t, kPanel);
-      for (int i = 0; i < 16; ++i) {
-        float* row = here + (f + i) * kPanel;
-        for (int j = t; j < kPanel; ++j) row[j] = j < tokens ? from[j * a.k_strides.token + f + i] : 0.0f;
-      }
+                        int64_t columns, const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  const int64_t vectors = columns / LANES;
+  for (int64_t v = 0; v < vectors; v += WIDTH) {
+    const int64_t at = v * LANES;
+    switch (vectors - v < WIDTH ? vectors - v : WIDTH) {
+      case 1: products<N, 4, 1>(x + at, x_stride, values, value_stride, next_value, count, from + at, from_stride, to + at, to_stride); break;
+      case 2: products<N, 4, 2>(x + at, x_stride, values, value_stride, next_value, count, from + at, from_stride, to + at, to_stride); break;
+#if WIDTH > 2
+      case 3: products<N, 4, 3>(x + at, x_stride, values, value_stride, next_value, count, from + at, from_stride, to + at, to_stride); break;
+      default: products<N, 4, 4>(x + at, x_stride, values, value_stride, next_value, count, from + at, from_stride, to + at, to_stride); break;
+#endif
     }
   }
 }
 
-// Scores of one query that it may not see become the lowest number, masks of floats are added; `keys` is rounded up to 64.
-inline void mask_scores(const Attention& a, int64_t batch, int64_t head, int64_t query, int64_t keys, float* scores) {
+// Sixteen features of up to `tokens` tokens, feature by feature, times `scale`: [16 / size][width]; the rest is zeros.
+template <class N>
+inline void pack_features(const float* from, int64_t stride, int tokens, int width, float scale, float* to) {
+  alignas(64) float columns[16 * kPanel];
+  int t = 0;
+  for (; t + 16 <= tokens; t += 16) transpose16(from + t * stride, stride, nullptr, columns + t, width);
+  for (int f = 0; f < 16; ++f)
+    for (int j = t; j < width; ++j) columns[f * width + j] = j < tokens ? from[j * stride + f] : 0.0f;
+  for (int f = 0; f < 16; f += N::size)
+    for (int j = 0; j < width; j += LANES) {
+      const float* here = columns + f * width + j;
+      store(to + f / N::size * width + j, N::join(load(here) * fill(scale), load(here + (N::size - 1) * width) * fill(scale)));
+    }
+}
+
+// Keys of one head: [panels][features / size][64].
+template <class N>
+inline void pack_keys(const Attention& a, const float* k, float* to) {
+  for (int64_t t = 0; t < a.keys; t += kPanel)
+    for (int64_t f = 0; f < a.features; f += 16)
+      pack_features<N>(k + t * a.k_strides.token + f, a.k_strides.token, tokens_in(a.keys, t / kPanel), kPanel, 1.0f,
+                       to + (t * a.features + f * kPanel) / N::size);
+}
+
+// Values of one head side by side, [keys / size, features]: where they lie, rows of one head share few sets of the cache.
+template <class N>
+inline void pack_values(const Attention& a, const float* v, float* to) {
+  for (int64_t t = 0; t < a.keys; t += N::size) {
+    const float *first = v + t * a.v_strides.token, *second = first + (N::size - 1) * a.v_strides.token;
+    const bool whole = t + N::size <= a.keys;
+    for (int64_t f = 0; f < a.features; f += LANES)
+      store(to + t / N::size * a.features + f, N::join(load(first + f), whole ? load(second + f) : Floats{}));
+  }
+}
+
+// Scores of one query that it may not see become the lowest number, masks of floats are added.
+inline void mask_scores(const Attention& a, int64_t batch, int64_t head, int64_t query, float* scores) {
   const float lowest = -__builtin_inff();
   const int64_t at = batch * a.mask_strides[0] + head * a.mask_strides[1] + query * a.mask_strides[2], next = a.mask_strides[3];
   int64_t t = 0;
@@ -72,7 +107,6 @@ inline void mask_scores(const Attention& a, int64_t batch, int64_t head, int64_t
   } else if (a.added != nullptr) {
     for (; t < a.keys; ++t) scores[t] += a.added[at + t * next];
   }
-  for (t = a.causal && query + 1 < a.keys ? query + 1 : a.keys; t < keys; ++t) scores[t] = lowest;
 }
 
 // e^(x - largest x) in place. Returns one over their sum, 0 where nothing may be seen.
@@ -94,34 +128,52 @@ inline float exponentials(float* scores, int64_t keys) {
   return 1.0f / sum;
 }
 
+template <class N>
 void attention(const Attention& a, int64_t batch, int64_t head, int64_t first, int64_t last, float* scratch) {
-  const int64_t keys = (a.keys + kPanel - 1) / kPanel * kPanel;
-  float* packed = scratch;
-  float* scores = packed + keys * a.features;  // [4, keys]
-  float* queries = scores + 4 * keys;          // [features, 4]
-  float* rows = queries + 4 * a.features;      // [4, features]
+  const float lowest = -__builtin_inff();
+  const int64_t all = (a.keys + kPanel - 1) / kPanel * kPanel;
+  float* keys = scratch;                          // as pack_keys has them
+  float* values = keys + all * a.features;        // as pack_values has them
+  float* scores = values + all * a.features;      // [16, keys]
+  float* mask = scores + kQueries * all;          // [keys], what all queries share
+  float* queries = mask + all;                    // [features / size][16]
+  float* rows = queries + kQueries * a.features;  // [16, features]
   const float* q = a.q + batch * a.q_strides.batch + head * a.q_strides.head;
-  const float* v = a.v + batch * a.v_strides.batch + head * a.v_strides.head;
-  pack_keys(a, a.k + batch * a.k_strides.batch + head * a.k_strides.head, packed);
-  for (int64_t query = first; query < last; query += 4) {
-    const int count = static_cast<int>(last - query < 4 ? last - query : 4);
-    for (int r = 0; r < 4; ++r)
-      for (int64_t f = 0; f < a.features; ++f)
-        queries[f * 4 + r] = r < count ? q[(query + r) * a.q_strides.token + f] * a.scale : 0.0f;
-    for (int64_t t = 0; t < keys; t += kPanel)
-      products_of(packed + t * a.features, kPanel, queries, 1, 4, a.features, kPanel, scores + t, keys);
-    float parts[4] = {};
+  pack_keys<N>(a, a.k + batch * a.k_strides.batch + head * a.k_strides.head, keys);
+  pack_values<N>(a, a.v + batch * a.v_strides.batch + head * a.v_strides.head, values);
+  const bool shared = a.mask_strides[2] == 0;
+  for (int64_t t = 0; t < all; ++t) mask[t] = t < a.keys ? 0.0f : lowest;
+  if (shared) mask_scores(a, batch, head, 0, mask);
+  for (int64_t query = first; query < last; query += kQueries) {
+    const int count = static_cast<int>(last - query < kQueries ? last - query : kQueries), fours = (count + 3) / 4 * 4;
+    const int64_t seen = a.causal && query + count < a.keys ? query + count : a.keys, padded = (seen + kPanel - 1) / kPanel * kPanel;
+    for (int64_t f = 0; f < a.features; f += 16)
+      pack_features<N>(q + query * a.q_strides.token + f, a.q_strides.token, count, kQueries, a.scale, queries + f * kQueries / N::size);
+    for (int64_t t = 0; t < seen; t += kPanel)
+      for (int r = 0; r < fours; r += 4)
+        products_of<N>(keys + t * a.features / N::size, kPanel, queries + r, 1, kQueries, a.features / N::size, kPanel, mask + t, 0,
+                       scores + r * all + t, all);
+    float parts[kQueries] = {};
     for (int r = 0; r < count; ++r) {
-      mask_scores(a, batch, head, query + r, keys, scores + r * keys);
-      parts[r] = exponentials(scores + r * keys, keys);
+      float* row = scores + r * all;
+      if (!shared) mask_scores(a, batch, head, query + r, row);
+      if (a.causal)
+        for (int64_t t = query + r + 1; t < padded; ++t) row[t] = lowest;
+      parts[r] = exponentials(row, padded);
+      N::narrow(row, padded);
     }
-    float* to = a.result + ((batch * a.queries + query) * a.heads + head) * a.features;
-    const int64_t stride = a.heads * a.features;
-    products_of(v, a.v_strides.token, scores, keys, 1, a.keys, a.features, count == 4 ? to : rows, count == 4 ? stride : a.features);
+    for (int64_t at = 0; at < fours * a.features; at += LANES) store(rows + at, Floats{});
+    for (int64_t t = 0; t < seen; t += kPanel)
+      for (int r = 0; r < fours; r += 4) {
+        const int64_t tokens = seen - t < kPanel ? seen - t : kPanel;
+        float* to = rows + r * a.features;
+        products_of<N>(values + t * a.features / N::size, a.features, scores + r * all + t / N::size, all, 1,
+                       (tokens + N::size - 1) / N::size, a.features, to, a.features, to, a.features);
+      }
     for (int r = 0; r < count; ++r) {
-      const float* from = count == 4 ? to + r * stride : rows + r * a.features;
+      float* to = a.result + ((batch * a.queries + query + r) * a.heads + head) * a.features;
       for (int64_t f = 0; f < a.features; f += LANES)
-        store(to + r * stride + f, parts[r] == 0.0f ? Floats{} : load(from + f) * fill(parts[r]));
+        store(to + f, parts[r] == 0.0f ? Floats{} : load(rows + r * a.features + f) * fill(parts[r]));
     }
   }
 }

@@ -54,7 +54,7 @@ inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_
 
 namespace graphprune {
 const Kernels& avx2_kernels() {
-  static const Kernels kernels{"avx2", pack, pack_bytes, linear, integer_linear, attention};
+  static const Kernels kernels{"avx2", pack, pack_bytes, linear, integer_linear, attention<Singles>, attention<Singles>};
   return kernels;
 }
 }  // namespace graphprune

@@ -53,9 +53,12 @@ inline void reorder_bytes(const uint8_t* from, uint8_t* to) {
   _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_loadu_si512(from)));
 }
 
+// _mm512_dpbusd_epi32, for which GCC 12 copies the sum to another register and back.
+inline void add_products(__m512i& sum, __m512i x, __m512i weight) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weight)); }
+
 // One block row over 64 tokens, in their order: four columns unpack into four registers of four bytes a token.
 template <int R>
-inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* columns, int64_t groups, const Rescale& rescale,
+__attribute__((noinline)) void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* columns, int64_t groups, const Rescale& rescale,
                        float* sums) {
   __m512i sum[R][4];
 #pragma GCC unroll 4
@@ -76,7 +79,7 @@ inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_
       __builtin_memcpy(&four, values + (g * R + r) * kGroup, 4);
       const __m512i weight = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbusd_epi32(sum[r][j], x[j], weight);
+      for (int j = 0; j < 4; ++j) add_products(sum[r][j], x[j], weight);
     }
   }
 #pragma GCC unroll 4
@@ -92,8 +95,35 @@ inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_
 #include "attention.inl"
 
 namespace graphprune {
+namespace {
+
+// Pairs of bfloat16, for CPUs that have AVX512_BF16 too: written out, so that the rest of this file does not need it.
+struct Pairs {
+  static constexpr int size = 2;
+
+  static void add_products(Floats& sum, Floats values, Floats x) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(values), "v"(x)); }
+
+  static __m256i rounded(Floats x) {
+    __m256i halves;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
+    return halves;
+  }
+
+  static Floats join(Floats first, Floats second) {
+    const __m512i low = _mm512_cvtepu16_epi32(rounded(first)), high = _mm512_cvtepu16_epi32(rounded(second));
+    return (Floats)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+
+  static void narrow(float* row, int64_t count) {
+    for (int64_t t = 0; t < count; t += LANES) _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + t / 2), rounded(load(row + t)));
+  }
+};
+
+}  // namespace
+
 const Kernels& avx512_kernels() {
-  static const Kernels kernels{"avx512", pack, pack_bytes, linear, integer_linear, attention};
+  static const bool pairs = __builtin_cpu_supports("avx512bf16");
+  static const Kernels kernels{"avx512", pack, pack_bytes, linear, integer_linear, attention<Singles>, pairs ? attention<Pairs> : attention<Singles>};
   return kernels;
 }
 }  // namespace graphprune

@@ -11,9 +11,9 @@ inline Floats weight_at(const float* values, int64_t at) { return fill(values[at
 // A bfloat16 is the upper half of a float.
 inline Floats weight_at(const uint16_t* values, int64_t at) { return (Floats)(Ints{} + static_cast<int32_t>(uint32_t{values[at]} << 16)); }
 
-// One block row over T registers of tokens, from its biases on.
+// One block row over T registers of tokens, from its biases on. Not inlined, so that all registers are its own.
 template <int R, int T, class V>
-inline __attribute__((always_inline)) void multiply(const float* panel, const V* values, const uint16_t* columns, int64_t count,
+__attribute__((noinline)) void multiply(const float* panel, const V* values, const uint16_t* columns, int64_t count,
                                                     const float* bias, float* sums) {
   Floats sum[R][T];
 #pragma GCC unroll 16

@@ -78,6 +78,7 @@ struct Kernels {
   void (*linear)(const FloatLinear&, int64_t panel, int64_t first_unit, int64_t last_unit);
   void (*integer_linear)(const IntegerLinear&, int64_t panel, int64_t first_unit, int64_t last_unit);
   void (*attention)(const Attention&, int64_t batch, int64_t head, int64_t first, int64_t last, float* scratch);  // queries first to last
+  void (*bfloat16_attention)(const Attention&, int64_t batch, int64_t head, int64_t first, int64_t last, float* scratch);  // in bfloat16, where that is faster
 };
 
 const Kernels& portable_kernels();

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <mutex>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "linear.h"
@@ -38,6 +40,53 @@ at::Tensor rows_of(const at::Tensor& x) {
   return x.contiguous();
 }
 
+// Memory of large results, kept for the next one. malloc asks the system for as much at each call, and the system clears every page.
+class Kept {
+ public:
+  static constexpr int64_t large = int64_t{32} << 20;  // bytes: from here on malloc never keeps anything
+
+  static Kept& instance() {
+    static Kept* kept = new Kept;  // never destroyed: results may outlive what is static
+    return *kept;
+  }
+
+  // At least so many bytes, and at most twice as many.
+  std::pair<int64_t, void*> take(int64_t bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      for (auto it = free_.begin(); it != free_.end(); ++it)
+        if (it->first >= bytes && it->first <= 2 * bytes) {
+          const auto found = *it;
+          free_.erase(it);
+          return found;
+        }
+    }
+    const int64_t whole = (bytes + 63) / 64 * 64;
+    void* memory = std::aligned_alloc(64, whole);
+    TORCH_CHECK(memory != nullptr, "there is no memory for a result of ", bytes, " bytes");
+    return {whole, memory};
+  }
+
+  void give_back(std::pair<int64_t, void*> room) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(room);
+    if (free_.size() <= 2) return;
+    std::free(free_.front().second);
+    free_.erase(free_.begin());
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::pair<int64_t, void*>> free_;  // the two that came back last
+};
+
+at::Tensor make(at::IntArrayRef shape, at::ScalarType type) {
+  const int64_t bytes = c10::multiply_integers(shape) * static_cast<int64_t>(c10::elementSize(type));
+  if (bytes < Kept::large) return at::empty(shape, type);
+  const auto room = Kept::instance().take(bytes);
+  return at::from_blob(room.second, shape, [room](void*) { Kept::instance().give_back(room); }, at::TensorOptions().dtype(type));
+}
+
 // Runs work(panel, part, parts) over all panels (or heads), each in as many parts as give every thread the same number of them.
 template <class Work>
 void over_panels(int64_t panels, int64_t pieces, const Work& work) {
@@ -53,7 +102,7 @@ template <class T, class Function>
 at::Tensor packed(const at::Tensor& x, at::ScalarType type, float scale, int64_t zero_point, Function function) {
   const at::Tensor rows = rows_of(x);
   const int64_t features = rows.size(-1), tokens = features == 0 ? 0 : rows.numel() / features, panels = panels_of(tokens);
-  at::Tensor result = at::empty({panels, features, kPanel}, rows.options().dtype(type));
+  at::Tensor result = make({panels, features, kPanel}, type);
   const Pack pack{rows.const_data_ptr<float>(), tokens, features, scale, static_cast<int32_t>(zero_point)};
   T* to = result.mutable_data_ptr<T>();
   const int64_t pieces = (features + kUnit - 1) / kUnit;
@@ -103,7 +152,7 @@ struct Call {
       out = form == "bytes" ? Out::bytes : Out::panels;
       shape = {panels.size(0), rows, kPanel};
     }
-    result = at::empty(shape, panels.options().dtype(out == Out::bytes ? at::kByte : at::kFloat));
+    result = make(shape, out == Out::bytes ? at::kByte : at::kFloat);
     if (bias) {
       expect(*bias, at::kFloat, 1, "bias");
       TORCH_CHECK(bias->size(0) == rows, "bias has ", bias->size(0), " entries for ", rows, " rows");
@@ -184,7 +233,7 @@ at::Tensor sparse_linear_int8(const at::Tensor& panels, const at::Tensor& values
 }
 
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask, double scale,
-                     bool causal) {
+                     bool causal, bool bfloat16) {
   for (const at::Tensor& x : {q, k, v})
     TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 4 && (x.stride(3) == 1 || x.size(3) == 1),
                 "queries, keys and values must be float32 [batch, heads, tokens, features] on the CPU, features side by side");
@@ -192,7 +241,7 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   TORCH_CHECK(features % kUnit == 0, "attention takes features in multiples of 16, not ", features);
   TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == batch && k.size(1) == heads && k.size(3) == features, "keys ", k.sizes(),
               " and values ", v.sizes(), " do not fit queries ", q.sizes());
-  at::Tensor result = at::empty({batch, queries, heads, features}, q.options());
+  at::Tensor result = make({batch, queries, heads, features}, at::kFloat);
   const auto strides = [](const at::Tensor& x) { return Strides{x.stride(0), x.stride(1), x.stride(2)}; };
   Attention a{q.const_data_ptr<float>(), k.const_data_ptr<float>(), v.const_data_ptr<float>(), strides(q), strides(k), strides(v),
               nullptr, nullptr, {}, batch, heads, queries, keys, features, static_cast<float>(scale), causal,
@@ -208,12 +257,15 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   }
   if (result.numel() == 0) return result.transpose(1, 2);
   if (keys == 0) return result.zero_().transpose(1, 2);
-  const int64_t fours = (queries + 3) / 4;
-  over_panels(batch * heads, fours, [&](int64_t head, int64_t part, int64_t parts) {
+  const int64_t pieces = (queries + kQueries - 1) / kQueries;
+  const auto kernel = bfloat16 ? kernels().bfloat16_attention : kernels().attention;
+  over_panels(batch * heads, pieces, [&](int64_t head, int64_t part, int64_t parts) {
+    constexpr size_t line = 64 / sizeof(float);  // registers are loaded from two lines of the cache where they do not begin at one
     thread_local std::vector<float> scratch;
-    scratch.resize(attention_scratch(a));
-    kernels().attention(a, head / heads, head % heads, fours * part / parts * 4, std::min(fours * (part + 1) / parts * 4, queries),
-                        scratch.data());
+    scratch.resize(attention_scratch(a) + line);
+    const size_t behind = reinterpret_cast<uintptr_t>(scratch.data()) / sizeof(float) % line;
+    kernel(a, head / heads, head % heads, pieces * part / parts * kQueries, std::min(pieces * (part + 1) / parts * kQueries, queries),
+           scratch.data() + (line - behind) % line);
   });
   return result.transpose(1, 2);
 }

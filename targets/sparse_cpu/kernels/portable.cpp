@@ -36,7 +36,7 @@ void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* colu
 
 namespace graphprune {
 const Kernels& portable_kernels() {
-  static const Kernels kernels{"portable", pack, pack_bytes, linear, integer_linear, attention};
+  static const Kernels kernels{"portable", pack, pack_bytes, linear, integer_linear, attention<Singles>, attention<Singles>};
   return kernels;
 }
 }  // namespace graphprune
