@@ -103,7 +103,7 @@ def layer_work(rows: int, features: int, sparsity: float, tokens: int, number_fo
 
 
 def model_work(layers: int, hidden: int, sparsity: float, batch: int, sequence: int, number_format: str) -> Work:
-    """Of a BERT's layers: their linear layers, and both products of attention in float32.
+    """Of a BERT's layers: their linear layers, and both products of attention, of which two of bfloat16 count as one of float32.
 
     Args:
         layers: How many.
@@ -115,7 +115,7 @@ def model_work(layers: int, hidden: int, sparsity: float, batch: int, sequence: 
     """
     shapes = [*[(hidden, hidden)] * 4, (4 * hidden, hidden), (hidden, 4 * hidden)]
     total = total_work(layer_work(*shape, sparsity, batch * sequence, number_format) for shape in shapes)
-    attention = 4.0 * batch * sequence**2 * hidden
+    attention = 4.0 * batch * sequence**2 * hidden / (2 if number_format == "int8" else 1)
     return Work(layers * (total.floats + attention), layers * total.bytes, layers * total.memory)
 
 
