@@ -258,6 +258,10 @@ def check_attention() -> None:
             rounded = attention(q, k, v, None, 0.2, True, True)
             assert (rounded - want).abs().max() <= 2**-6 * v.abs().max(), f"causal bfloat16 attention {q.shape}"
     q = torch.randn(1, 2, 5, 16)
+    if load_kernels() == "avx512" and torch.cpu._is_avx512_bf16_supported():
+        assert not torch.equal(attention(q, q, q, None, 1.0, False, True), attention(q, q, q, None, 1.0)), (
+            "nothing is rounded"
+        )
     for bfloat16 in (False, True):
         assert not bool(attention(q, q, q, torch.zeros(1, 1, 1, 5, dtype=torch.bool), 1.0, False, bfloat16).any())
         assert bool(attention(q, q, q * torch.nan, None, 1.0, False, bfloat16).isnan().all())
@@ -352,7 +356,7 @@ def _refused(operator: Any, arguments: dict[str, Any], words: tuple[str, ...]) -
 
 
 def check_large() -> None:
-    """Memory of large results is used again, but not while they are there."""
+    """Memory of large results goes to others when they are gone, and not before."""
     x = torch.randn(2**17 + 3, 64)  # 32 MiB and more
     want = [pack(x[:64] + number) for number in range(4)]
     kept = [pack(x + number) for number in range(2)]

@@ -1,4 +1,4 @@
-// Attention of one head, by the same products as linear layers: sixteen queries share a pass over the keys, 64 at a time, and one over the values.
+// Attention of one head: sixteen queries share a pass over the keys, 64 at a time, and one over the values.
 
 namespace graphprune {
 namespace {
@@ -11,46 +11,55 @@ struct Singles {
   static void narrow(float*, int64_t) {}  // a row, in place
 };
 
-// R rows of `values` times the rows of `x`, added to R rows of T registers.
-template <class N, int R, int T>
-inline __attribute__((always_inline)) void products(const float* x, int64_t x_stride, const float* values, int64_t value_stride,
-                                                    int64_t next_value, int64_t count, const float* from, int64_t from_stride, float* to,
-                                                    int64_t to_stride) {
-  Floats sum[R][T];
+// Four rows of `values` times `count` rows of `x`, added to four rows of `from`; strides are in floats.
+struct Product {
+  const float* x;
+  int64_t x_stride;
+  const float* values;
+  int64_t value_stride, next_value;  // from row to row, and along a row
+  int64_t count;
+  const float* from;
+  int64_t from_stride;
+  float* to;
+  int64_t to_stride;
+};
+
+// T registers of its columns, from column `at` on.
+template <class N, int T>
+inline __attribute__((always_inline)) void multiply_columns(const Product& p, int64_t at) {
+  Floats sum[4][T];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) sum[r][t] = load(from + r * from_stride + t * LANES);
-  for (int64_t k = 0; k < count; ++k) {
+    for (int t = 0; t < T; ++t) sum[r][t] = load(p.from + r * p.from_stride + at + t * LANES);
+  for (int64_t k = 0; k < p.count; ++k) {
     Floats row[T];
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) row[t] = load(x + k * x_stride + t * LANES);
+    for (int t = 0; t < T; ++t) row[t] = load(p.x + k * p.x_stride + at + t * LANES);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Floats value = fill(values[r * value_stride + k * next_value]);
+    for (int r = 0; r < 4; ++r) {
+      const Floats value = fill(p.values[r * p.value_stride + k * p.next_value]);
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) N::add_products(sum[r][t], value, row[t]);
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) store(to + r * to_stride + t * LANES, sum[r][t]);
+    for (int t = 0; t < T; ++t) store(p.to + r * p.to_stride + at + t * LANES, sum[r][t]);
 }
 
-// The same for `columns` lanes, a multiple of 16.
+// All of its columns, a multiple of 16.
 template <class N>
-inline void products_of(const float* x, int64_t x_stride, const float* values, int64_t value_stride, int64_t next_value, int64_t count,
-                        int64_t columns, const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  const int64_t vectors = columns / LANES;
-  for (int64_t v = 0; v < vectors; v += WIDTH) {
-    const int64_t at = v * LANES;
-    switch (vectors - v < WIDTH ? vectors - v : WIDTH) {
-      case 1: products<N, 4, 1>(x + at, x_stride, values, value_stride, next_value, count, from + at, from_stride, to + at, to_stride); break;
-      case 2: products<N, 4, 2>(x + at, x_stride, values, value_stride, next_value, count, from + at, from_stride, to + at, to_stride); break;
+inline void multiply(const Product& p, int64_t columns) {
+  for (int64_t at = 0; at < columns; at += WIDTH * LANES) {
+    const int64_t vectors = (columns - at) / LANES;
+    switch (vectors < WIDTH ? vectors : WIDTH) {
+      case 1: multiply_columns<N, 1>(p, at); break;
+      case 2: multiply_columns<N, 2>(p, at); break;
 #if WIDTH > 2
-      case 3: products<N, 4, 3>(x + at, x_stride, values, value_stride, next_value, count, from + at, from_stride, to + at, to_stride); break;
-      default: products<N, 4, 4>(x + at, x_stride, values, value_stride, next_value, count, from + at, from_stride, to + at, to_stride); break;
+      case 3: multiply_columns<N, 3>(p, at); break;
+      default: multiply_columns<N, 4>(p, at); break;
 #endif
     }
   }
@@ -151,8 +160,8 @@ void attention(const Attention& a, int64_t batch, int64_t head, int64_t first, i
       pack_features<N>(q + query * a.q_strides.token + f, a.q_strides.token, count, kQueries, a.scale, queries + f * kQueries / N::size);
     for (int64_t t = 0; t < seen; t += kPanel)
       for (int r = 0; r < fours; r += 4)
-        products_of<N>(keys + t * a.features / N::size, kPanel, queries + r, 1, kQueries, a.features / N::size, kPanel, mask + t, 0,
-                       scores + r * all + t, all);
+        multiply<N>({keys + t * a.features / N::size, kPanel, queries + r, 1, kQueries, a.features / N::size, mask + t, 0,
+                     scores + r * all + t, all}, kPanel);
     float parts[kQueries] = {};
     for (int r = 0; r < count; ++r) {
       float* row = scores + r * all;
@@ -167,8 +176,8 @@ void attention(const Attention& a, int64_t batch, int64_t head, int64_t first, i
       for (int r = 0; r < fours; r += 4) {
         const int64_t tokens = seen - t < kPanel ? seen - t : kPanel;
         float* to = rows + r * a.features;
-        products_of<N>(values + t * a.features / N::size, a.features, scores + r * all + t / N::size, all, 1,
-                       (tokens + N::size - 1) / N::size, a.features, to, a.features, to, a.features);
+        multiply<N>({values + t * a.features / N::size, a.features, scores + r * all + t / N::size, all, 1,
+                     (tokens + N::size - 1) / N::size, to, a.features, to, a.features}, a.features);
       }
     for (int r = 0; r < count; ++r) {
       float* to = a.result + ((batch * a.queries + query + r) * a.heads + head) * a.features;

@@ -5,12 +5,11 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <mutex>
 #include <numeric>
-#include <utility>
 #include <vector>
 
 #include "linear.h"
+#include "results.h"
 
 namespace graphprune {
 namespace {
@@ -40,53 +39,6 @@ at::Tensor rows_of(const at::Tensor& x) {
   return x.contiguous();
 }
 
-// Memory of large results, kept for the next one. malloc asks the system for as much at each call, and the system clears every page.
-class Kept {
- public:
-  static constexpr int64_t large = int64_t{32} << 20;  // bytes: from here on malloc never keeps anything
-
-  static Kept& instance() {
-    static Kept* kept = new Kept;  // never destroyed: results may outlive what is static
-    return *kept;
-  }
-
-  // At least so many bytes, and at most twice as many.
-  std::pair<int64_t, void*> take(int64_t bytes) {
-    {
-      const std::lock_guard lock(mutex_);
-      for (auto it = free_.begin(); it != free_.end(); ++it)
-        if (it->first >= bytes && it->first <= 2 * bytes) {
-          const auto found = *it;
-          free_.erase(it);
-          return found;
-        }
-    }
-    const int64_t whole = (bytes + 63) / 64 * 64;
-    void* memory = std::aligned_alloc(64, whole);
-    TORCH_CHECK(memory != nullptr, "there is no memory for a result of ", bytes, " bytes");
-    return {whole, memory};
-  }
-
-  void give_back(std::pair<int64_t, void*> room) {
-    const std::lock_guard lock(mutex_);
-    free_.push_back(room);
-    if (free_.size() <= 2) return;
-    std::free(free_.front().second);
-    free_.erase(free_.begin());
-  }
-
- private:
-  std::mutex mutex_;
-  std::vector<std::pair<int64_t, void*>> free_;  // the two that came back last
-};
-
-at::Tensor make(at::IntArrayRef shape, at::ScalarType type) {
-  const int64_t bytes = c10::multiply_integers(shape) * static_cast<int64_t>(c10::elementSize(type));
-  if (bytes < Kept::large) return at::empty(shape, type);
-  const auto room = Kept::instance().take(bytes);
-  return at::from_blob(room.second, shape, [room](void*) { Kept::instance().give_back(room); }, at::TensorOptions().dtype(type));
-}
-
 // Runs work(panel, part, parts) over all panels (or heads), each in as many parts as give every thread the same number of them.
 template <class Work>
 void over_panels(int64_t panels, int64_t pieces, const Work& work) {
@@ -102,7 +54,7 @@ template <class T, class Function>
 at::Tensor packed(const at::Tensor& x, at::ScalarType type, float scale, int64_t zero_point, Function function) {
   const at::Tensor rows = rows_of(x);
   const int64_t features = rows.size(-1), tokens = features == 0 ? 0 : rows.numel() / features, panels = panels_of(tokens);
-  at::Tensor result = make({panels, features, kPanel}, type);
+  at::Tensor result = make_result({panels, features, kPanel}, type);
   const Pack pack{rows.const_data_ptr<float>(), tokens, features, scale, static_cast<int32_t>(zero_point)};
   T* to = result.mutable_data_ptr<T>();
   const int64_t pieces = (features + kUnit - 1) / kUnit;
@@ -152,7 +104,7 @@ struct Call {
       out = form == "bytes" ? Out::bytes : Out::panels;
       shape = {panels.size(0), rows, kPanel};
     }
-    result = make(shape, out == Out::bytes ? at::kByte : at::kFloat);
+    result = make_result(shape, out == Out::bytes ? at::kByte : at::kFloat);
     if (bias) {
       expect(*bias, at::kFloat, 1, "bias");
       TORCH_CHECK(bias->size(0) == rows, "bias has ", bias->size(0), " entries for ", rows, " rows");
@@ -241,7 +193,7 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   TORCH_CHECK(features % kUnit == 0, "attention takes features in multiples of 16, not ", features);
   TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == batch && k.size(1) == heads && k.size(3) == features, "keys ", k.sizes(),
               " and values ", v.sizes(), " do not fit queries ", q.sizes());
-  at::Tensor result = make({batch, queries, heads, features}, at::kFloat);
+  at::Tensor result = make_result({batch, queries, heads, features}, at::kFloat);
   const auto strides = [](const at::Tensor& x) { return Strides{x.stride(0), x.stride(1), x.stride(2)}; };
   Attention a{q.const_data_ptr<float>(), k.const_data_ptr<float>(), v.const_data_ptr<float>(), strides(q), strides(k), strides(v),
               nullptr, nullptr, {}, batch, heads, queries, keys, features, static_cast<float>(scale), causal,
