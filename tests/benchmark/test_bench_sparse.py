@@ -233,9 +233,8 @@ def test_what_is_missing_is_lowered(tool: Any, tmp_path: Path, monkeypatch: pyte
     assert str(store.model) == "bert-base"
     assert len(asked.pop()) == 6
     assert [item.name for item in found][2:] == ["onnx-fp32-dense", "torch-fp32-dense", "nncf-int8-dense"]
-    _, known = module.prepare(
-        tmp_path, None, plan, False, quiet()
-    )  # now the quick run has them, but not what starts slowly
+    # Now the quick run has them, but not what starts slowly.
+    _, known = module.prepare(tmp_path, None, plan, False, quiet())
     assert [item.name for item in known] == [item.name for item in found if item.runtime != "nncf"]
     assert asked == []
     monkeypatch.setattr(module, "missing_runtime", lambda item: "install it" if item.runtime == "onnx" else None)

@@ -122,8 +122,7 @@ inline void mask_scores(const Attention& a, int64_t batch, int64_t head, int64_t
 inline float exponentials(float* scores, int64_t keys) {
   Floats most = load(scores);
   for (int64_t t = LANES; t < keys; t += LANES) most = largest(most, load(scores + t));
-  float top = most[0];
-  for (int i = 1; i < LANES; ++i) top = most[i] > top ? most[i] : top;
+  const float top = largest_of(most);
   if (top == -__builtin_inff()) return 0.0f;
   Floats sums = Floats{};
   const Floats shift = fill(top);
@@ -132,9 +131,7 @@ inline float exponentials(float* scores, int64_t keys) {
     sums += x;
     store(scores + t, x);
   }
-  float sum = 0.0f;
-  for (int i = 0; i < LANES; ++i) sum += sums[i];
-  return 1.0f / sum;
+  return 1.0f / sum_of(sums);
 }
 
 template <class N>

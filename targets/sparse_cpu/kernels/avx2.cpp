@@ -14,6 +14,15 @@
 namespace graphprune {
 namespace {
 
+// 64 integers from 0 to 255 as bytes in the order of `byte_place`: both instructions take turns every 16 bytes.
+inline void store_bytes(const Ints (&whole)[kPanel / LANES], uint8_t* to) {
+  for (int odd = 0; odd < 2; ++odd) {
+    const __m256i first = _mm256_packs_epi32((__m256i)whole[odd], (__m256i)whole[2 + odd]);
+    const __m256i second = _mm256_packs_epi32((__m256i)whole[4 + odd], (__m256i)whole[6 + odd]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + odd, _mm256_packus_epi16(first, second));
+  }
+}
+
 // One block row over 64 tokens, in their order; see linear.h for the order of bytes.
 template <int R>
 inline void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* columns, int64_t groups, const Rescale& rescale,

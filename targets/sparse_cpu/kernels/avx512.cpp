@@ -47,10 +47,11 @@ inline void transpose16(const float* from, int64_t stride, const float* residual
   }
 }
 
-// 64 bytes in the order of tokens to the order of `byte_place`: 4 x 4 pieces of four bytes, transposed.
-inline void reorder_bytes(const uint8_t* from, uint8_t* to) {
-  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_loadu_si512(from)));
+// 64 integers from 0 to 255 as bytes in the order of `byte_place`: both instructions take turns every 16 bytes.
+inline void store_bytes(const Ints (&whole)[kPanel / LANES], uint8_t* to) {
+  const __m512i first = _mm512_packs_epi32((__m512i)whole[0], (__m512i)whole[1]);
+  const __m512i second = _mm512_packs_epi32((__m512i)whole[2], (__m512i)whole[3]);
+  _mm512_storeu_si512(to, _mm512_packus_epi16(first, second));
 }
 
 // _mm512_dpbusd_epi32, for which GCC 12 copies the sum to another register and back.

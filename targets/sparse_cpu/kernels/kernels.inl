@@ -1,7 +1,7 @@
 // The kernels, written once with vectors of LANES floats. Including files define
 //   LANES  floats of a register
 //   WIDTH  registers of tokens that are computed together; LANES * WIDTH divides 64
-// and, before they include this, their own transpose16() and sum_groups() in terms of `vectors.inl`.
+// and, before they include this, their own transpose16(), store_bytes() and sum_groups() in terms of `vectors.inl`.
 
 namespace graphprune {
 namespace {
@@ -67,16 +67,14 @@ inline Floats activate(Floats x, Activation activation) {
 
 // 64 floats to bytes in the order of `byte_place`: round half to even, then add the zero-point and clamp.
 inline void quantize(const float* from, float scale, int32_t zero_point, uint8_t* to) {
-  alignas(64) uint8_t bytes[kPanel];
   const Floats step = fill(scale), low = fill(static_cast<float>(-zero_point)), high = fill(static_cast<float>(255 - zero_point));
-  for (int t = 0; t < kPanel; t += LANES) {
-    Floats x = load(from + t) / step;
-    x = smallest(largest(x, low), high);  // both are whole, so that rounding after it is the same
-    const Floats magic = fill(12582912.0f);  // 1.5 * 2^23: what lies behind the point falls away
-    const Ints whole = __builtin_convertvector((x + magic) - magic, Ints) + zero_point;
-    store_bytes(bytes + t, whole);
+  Ints whole[kPanel / LANES];
+#pragma GCC unroll 16
+  for (int v = 0; v < kPanel / LANES; ++v) {
+    const Floats x = load(from + v * LANES) / step;
+    whole[v] = nearest(smallest(largest(x, low), high)) + zero_point;  // both ends are whole, so that rounding after it is the same
   }
-  reorder_bytes(bytes, to);
+  store_bytes(whole, to);
 }
 
 // A unit: up to 16 rows of one panel.

@@ -12,10 +12,5 @@ inline void transpose16(const float* from, int64_t stride, const float* residual
     }
 }
 
-// 64 bytes in the order of tokens to the order of `byte_place`.
-inline void reorder_bytes(const uint8_t* from, uint8_t* to) {
-  for (int t = 0; t < kPanel; ++t) to[byte_place(t)] = from[t];
-}
-
 }  // namespace
 }  // namespace graphprune

@@ -9,6 +9,11 @@
 namespace graphprune {
 namespace {
 
+// 64 integers from 0 to 255 as bytes in the order of `byte_place`.
+inline void store_bytes(const Ints (&whole)[kPanel / LANES], uint8_t* to) {
+  for (int t = 0; t < kPanel; ++t) to[byte_place(t)] = static_cast<uint8_t>(whole[t / LANES][t % LANES]);
+}
+
 // One block row over 64 tokens, in their order.
 template <int R>
 void sum_groups(const uint8_t* panel, const int8_t* values, const uint16_t* columns, int64_t groups, const Rescale& rescale, float* sums) {

@@ -6,14 +6,10 @@ namespace {
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using FloatsAnywhere = float __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-using IntsAnywhere = int32_t __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-using Bytes = uint8_t __attribute__((vector_size(LANES)));
 using BytesAnywhere = uint8_t __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 inline Floats load(const float* from) { return *reinterpret_cast<const FloatsAnywhere*>(from); }
-inline Ints load_ints(const int32_t* from) { return *reinterpret_cast<const IntsAnywhere*>(from); }
 inline void store(float* to, Floats x) { *reinterpret_cast<FloatsAnywhere*>(to) = x; }
-inline void store_bytes(uint8_t* to, Ints x) { *reinterpret_cast<BytesAnywhere*>(to) = __builtin_convertvector(x, Bytes); }
 inline Floats fill(float x) { return x - Floats{}; }
 
 // The second where one is not a number.
@@ -27,6 +23,38 @@ inline Floats smallest(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats largest(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats smallest(Floats a, Floats b) { return a < b ? a : b; }
 #endif
+
+inline float largest_of(Floats x) {
+#if LANES == 16
+  return _mm512_reduce_max_ps(x);
+#else
+  float found = x[0];
+  for (int i = 1; i < LANES; ++i) found = x[i] > found ? x[i] : found;
+  return found;
+#endif
+}
+
+inline float sum_of(Floats x) {
+#if LANES == 16
+  return _mm512_reduce_add_ps(x);
+#else
+  float sum = 0.0f;
+  for (int i = 0; i < LANES; ++i) sum += x[i];
+  return sum;
+#endif
+}
+
+// The next whole number, half to even; x within 2^22 of 0.
+inline Ints nearest(Floats x) {
+#if LANES == 16
+  return (Ints)_mm512_cvtps_epi32(x);
+#elif LANES == 8
+  return (Ints)_mm256_cvtps_epi32(x);
+#else
+  const Floats magic = fill(12582912.0f);  // 1.5 * 2^23: what lies behind the point falls away
+  return __builtin_convertvector((x + magic) - magic, Ints);
+#endif
+}
 
 // Integer sums to floats: (sum - correction) * scale + bias, each operation rounded.
 struct Rescale {
@@ -63,8 +91,12 @@ inline Floats exponential(Floats x) {
   y = fused(y, f, fill(1.6666665459e-1f));
   y = fused(y, f, fill(5.0000001201e-1f));
   y = fused(y * f, f, f) + 1.0f;
+#if LANES == 16
+  return _mm512_scalef_ps(y, n);
+#else
   const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
   return y * (Floats)power;  // the bits of it
+#endif
 }
 
 // x / 2 (1 + erf(x / sqrt(2))), with erf as an odd polynomial over an even one, as Eigen and MLAS have it: within 2e-7 of erf.
