@@ -357,14 +357,16 @@ def _refused(operator: Any, arguments: dict[str, Any], words: tuple[str, ...]) -
 
 def check_large() -> None:
     """Memory of large results goes to others when they are gone, and not before."""
-    x = torch.randn(2**17 + 3, 64)  # 32 MiB and more
+    x = torch.randn(2**12 + 3, 64)  # a result of more than 256 KiB
     want = [pack(x[:64] + number) for number in range(6)]
     kept = [pack(x + number) for number in range(4)]
     del kept[:2]
     kept += [pack(x + number) for number in (4, 5)]  # both in what the first two left
     assert all(torch.equal(y[:1], w) for y, w in zip(kept, want[2:], strict=True)), "a result changed"
     del kept
-    assert torch.equal(pack(x[: 2**17 - 64])[:1], want[0])
+    assert torch.equal(pack(x[: 2**12 - 64])[:1], want[0])
+    pack(torch.zeros(2**20 + 3, 64))  # more than is kept in all
+    assert torch.equal(pack(x)[:1], want[0])
 
 
 EXACT: tuple[Callable[[], None], ...] = (

@@ -3,34 +3,39 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <mutex>
 #include <utility>
 #include <vector>
 
 namespace graphprune {
 
-// Large results that were freed. malloc would ask the system for as much at each call, and the system clear every page.
+// Large results that were freed. malloc would give their memory back to the system, which clears every page when it is asked again.
 class Kept {
  public:
-  static constexpr int64_t large = int64_t{32} << 20;  // bytes: from here on malloc never keeps anything
+  static constexpr int64_t large = int64_t{256} << 10;  // bytes of a result
+  static constexpr int64_t most = int64_t{256} << 20;   // bytes of all that is kept
 
   static Kept& instance() {
     static Kept* kept = new Kept;  // never destroyed: results may outlive what is static
     return *kept;
   }
 
-  // At least so many bytes, and at most twice as many.
+  // At least so many bytes, and at most twice as many: of those that came back last, whose lines a cache may still have.
   std::pair<int64_t, void*> take(int64_t bytes) {
     {
       const std::lock_guard lock(mutex_);
-      for (auto it = free_.begin(); it != free_.end(); ++it)
-        if (it->first >= bytes && it->first <= 2 * bytes) {
-          const auto found = *it;
-          free_.erase(it);
-          return found;
-        }
+      const auto fits = [bytes](const auto& room) { return room.first >= bytes && room.first <= 2 * bytes; };
+      const auto last = std::find_if(free_.rbegin(), free_.rend(), fits);
+      if (last != free_.rend()) {
+        const auto found = *last;
+        free_.erase(std::next(last).base());
+        bytes_ -= found.first;
+        return found;
+      }
     }
     const int64_t whole = (bytes + 63) / 64 * 64;
     void* memory = std::aligned_alloc(64, whole);
@@ -41,14 +46,17 @@ class Kept {
   void give_back(std::pair<int64_t, void*> room) {
     const std::lock_guard lock(mutex_);
     free_.push_back(room);
-    if (free_.size() <= 2) return;
-    std::free(free_.front().second);
-    free_.erase(free_.begin());
+    bytes_ += room.first;
+    for (; bytes_ > most; free_.erase(free_.begin())) {
+      bytes_ -= free_.front().first;
+      std::free(free_.front().second);
+    }
   }
 
  private:
   std::mutex mutex_;
-  std::vector<std::pair<int64_t, void*>> free_;  // the two that came back last
+  std::vector<std::pair<int64_t, void*>> free_;  // in the order in which they came back
+  int64_t bytes_ = 0;                            // of them
 };
 
 inline at::Tensor make_result(at::IntArrayRef shape, at::ScalarType type) {
