@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from graphprune.ir.program import Program
 from graphprune.pipeline.target import Lowered
 from graphprune.targets.onnx import Onnx
+from tests.shared_folder import shared_folder
 from tests.traced import run_passes, traced
 
 onnx = pytest.importorskip("onnx")
@@ -78,7 +78,7 @@ def made_program(name: str, quantized: bool) -> Program:
 @functools.cache
 def lower_once(name: str, quantized: bool, form: str = "qdq") -> tuple[Path, Lowered, Program]:
     program = made_program(name, quantized)
-    folder = Path(tempfile.mkdtemp(prefix="graphprune-"))
+    folder = shared_folder()
     return folder, Onnx(form=form).lower(program, folder), program
 
 

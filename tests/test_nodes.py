@@ -27,6 +27,7 @@ from graphprune.pipeline.target import NodeValue
 from graphprune.targets.onnx import Onnx
 from graphprune.targets.onnx_model.kernels import INTEGER_KERNELS
 from graphprune.targets.onnx_model.nodes import cut, read_names
+from tests.shared_folder import shared_folder
 from tests.traced import run_passes, traced
 
 onnx = pytest.importorskip("onnx", reason="the ONNX target needs the extra onnx")
@@ -54,7 +55,7 @@ def _quantized(name: str) -> gp.Program:
 
 @functools.cache
 def _exported(name: str, form: str = "qdq") -> Path:
-    out = Path(tempfile.mkdtemp(prefix="graphprune-")) / "out"
+    out = shared_folder() / "out"
     return gp.export(_quantized(name), Onnx(form=form), out).folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import graphprune as gp
 from graphprune.errors import LoweringError
 from graphprune.ir.trace import trace
 from graphprune.targets.onnx import Onnx
+from tests.shared_folder import shared_folder
 from tests.traced import run_passes, traced
 
 onnx = pytest.importorskip("onnx")
@@ -40,7 +40,7 @@ def _program(name: str, quantized: bool) -> gp.Program:
 
 @functools.cache
 def _lowered(name: str, form: str, opset: int = 18) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="graphprune-"))
+    folder = shared_folder()
     Onnx(form=form, opset=opset).lower(_program(name, form != "float"), folder)
     return folder / "model.onnx"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from graphprune.targets.inductor_model import compiling
 from graphprune.targets.inductor_model.package import check_package
 from graphprune.targets.inductor_model.rewriting import inference_copy, use_integers
 from tests.models import MODELS
+from tests.shared_folder import shared_folder
 from tests.test_quant_matrix import pruned, quantized
 from tests.traced import assert_same, run_passes, traced
 
@@ -67,7 +67,7 @@ def _program(name: str, way: str, pattern: str) -> Program:
 def _exported(name: str, way: str, pattern: str, fresh: bool) -> tuple[Path, Program]:
     """An artifact, compiled and verified once a session."""
     program = _program(name, way, pattern)
-    folder = Path(tempfile.mkdtemp(prefix="graphprune-")) / "out"
+    folder = shared_folder() / "out"
     gp.export(program, "inductor", folder, fresh=fresh)
     return folder, program
 

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from graphprune.sparsity.layout import to_logical
 from graphprune.targets.sparse_cpu import SparseCpu, cost
 from graphprune.targets.sparse_cpu.building import CHOICE
 from tests.packed_programs import blocked, integers
+from tests.shared_folder import shared_folder
 from tests.test_quant_matrix import pruned
 from tests.test_sparse_kernels import needs_compiler
 from tests.traced import run_passes, traced
@@ -66,7 +66,7 @@ def _program(name: str, way: str, pattern: str) -> Program:
 def _exported(name: str, way: str, pattern: str) -> tuple[Path, Program]:
     """An artifact with every layer that has zeros in a sparse kernel, compiled and verified once a session."""
     program = _program(name, way, pattern)
-    folder = Path(tempfile.mkdtemp(prefix="graphprune-")) / "out"
+    folder = shared_folder() / "out"
     gp.export(program, SparseCpu(all=True), folder, fresh=name == "bert_qa")
     return folder, program
 
