@@ -75,8 +75,12 @@ def made_program(name: str, quantized: bool) -> Program:
     return program
 
 
-@functools.cache
 def lower_once(name: str, quantized: bool, form: str = "qdq") -> tuple[Path, Lowered, Program]:
+    return _lowered(name, quantized, form)  # all three in place: a cache takes f(a) and f(a, default) for two calls
+
+
+@functools.cache
+def _lowered(name: str, quantized: bool, form: str) -> tuple[Path, Lowered, Program]:
     program = made_program(name, quantized)
     folder = shared_folder()
     return folder, Onnx(form=form).lower(program, folder), program

@@ -222,7 +222,7 @@ def no_file_over(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("size", [0, 512, 4096, 60_000])
+@pytest.mark.parametrize("size", [0, *(pytest.param(size, marks=pytest.mark.slow) for size in (512, 4096)), 60_000])
 def test_a_refused_write_is_one_error_and_leaves_nothing(program: gp.Program, tmp_path: Path, size: int) -> None:
     def save_state(path: Path) -> None:
         with written(path) as temporary:

@@ -55,8 +55,12 @@ def stepped(
 
 @pytest.mark.parametrize(
     ("kind", "program"),
-    [("sequence", False), ("token", False), ("qa", False), ("token", True)],
-    ids=["sequence", "token", "qa", "program"],
+    [
+        pytest.param("sequence", False, id="sequence"),
+        pytest.param("token", False, id="token", marks=pytest.mark.slow),
+        pytest.param("qa", False, id="qa", marks=pytest.mark.slow),
+        pytest.param("token", True, id="program"),
+    ],
 )
 def test_accumulating_2_by_4_gives_the_gradient_of_one_batch_of_8(kind: str, program: bool, tmp_path: Path) -> None:
     results = []

@@ -54,14 +54,14 @@ def _quantized(name: str) -> gp.Program:
 
 
 @functools.cache
-def _exported(name: str, form: str = "qdq") -> Path:
+def _exported(name: str, form: str) -> Path:
     out = shared_folder() / "out"
     return gp.export(_quantized(name), Onnx(form=form), out).folder
 
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(_exported("distilbert_qa"), tmp_path / "out"))
+    return Path(shutil.copytree(_exported("distilbert_qa", "qdq"), tmp_path / "out"))
 
 
 def _edit(folder: Path, name: str, change: Callable[[np.ndarray], None]) -> None:
@@ -108,7 +108,7 @@ def _kernels(model: object) -> collections.Counter[str]:
 
 @pytest.mark.parametrize("name", _FAMILIES)
 def test_every_node_is_at_most_one_step_off(name: str) -> None:
-    folder = _exported(name)
+    folder = _exported(name, "qdq")
     report = gp.verify(folder, per_node=True)
     assert report.nodes is not None
     assert [check.name for check in report.checks] == ["files", "sparsity", "parity", "nodes"]
@@ -223,7 +223,7 @@ def test_another_scale_of_an_activation_names_exactly_its_node(artifact: Path) -
 
 
 def test_a_fault_inside_an_integer_convolution_is_named(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(_exported("resnet"), tmp_path / "out"))
+    folder = Path(shutil.copytree(_exported("resnet", "qdq"), tmp_path / "out"))
     site = "resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"
 
     def negate(values: np.ndarray) -> None:

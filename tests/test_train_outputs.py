@@ -18,7 +18,7 @@ pytest.importorskip("datasets", reason="fine-tuning needs the extra train")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
-@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("asked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_hidden_states_and_attentions_are_cut(asked: bool, tmp_path: Path) -> None:
     from graphprune.finetuning.run import finetune
 
