@@ -300,3 +300,17 @@ def test_an_artifact_is_verified_in_a_new_process_too(artifact: Path) -> None:
     (artifact / "config.json").write_text("{}")
     with pytest.raises(gp.VerifyError, match=r"in a new process: .*config\.json was changed"):
         verify_afresh(artifact)
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [(2.0**-7, 5e-2), (0.1, 0.1)])
+def test_a_target_allows_more_but_never_less(
+    allowed: float, expected: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Onnx, "tolerance", lambda _: allowed)
+    program = gp.transform(MODELS["mlp"]().eval(), "insert-fake-quant", (torch.randn(2, 16),))
+    gp.training.calibrate(program, [(torch.randn(4, 16),)])
+    folder = gp.export(program, "onnx", tmp_path / "out").folder
+    manifest = Manifest.read(folder)
+    outputs = [value for path in (folder / "sample-outputs").iterdir() for value in np.load(path).values()]
+    largest = max(float(np.abs(value).max()) for value in outputs)
+    assert manifest.parity.tolerance == pytest.approx(expected * largest)

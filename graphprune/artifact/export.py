@@ -84,8 +84,8 @@ def export(
             lies in the folder that the model was loaded from.
         tolerance: Largest allowed difference to the Program's outputs, as a fraction of their largest value. Default: 1e-4
             in float; 2e-2 in bfloat16, whose roundings a target may leave out; 5e-2 where activations are quantized, because a
-            rounding that falls the other way moves a value by one quantization step. Targets that compute in fewer bits have a
-            default of their own.
+            rounding that falls the other way moves a value by one quantization step. Targets that compute in fewer bits allow
+            more.
         overwrite: Replace the folder as a whole where there is one.
         per_node: Record what the Program computes inside for a small sample (one example, eight tokens), in
             ``nodes.safetensors``, for ``verify(..., per_node=True)``. None does so for quantized Programs, where the target
@@ -126,8 +126,8 @@ def export(
         )
         quantized = Property.FAKE_QUANT in legal.properties
         kind = "quantized" if quantized else "bf16" if "bf16" in formats_of(legal) else "float"
-        tolerance = goal.tolerance() if tolerance is None else tolerance
-        allowed = (_TOLERANCE[kind] if tolerance is None else tolerance) * max(scale, 1e-6)
+        tolerance = max(_TOLERANCE[kind], goal.tolerance() or 0.0) if tolerance is None else tolerance
+        allowed = tolerance * max(scale, 1e-6)
         parity = measure_parity(goal, folder, allowed, in_steps=kind == "quantized")
         if parity.max_abs > allowed:
             _explain(legal, goal, inputs, parity, scale)

@@ -162,7 +162,7 @@ class Target(abc.ABC):
         """What becomes of each sparsity pattern and number format: a value for each of ``PATTERNS`` and ``FORMATS``."""
 
     def tolerance(self) -> float | None:
-        """What ``export`` allows where it is not told, as a fraction of the outputs' largest value; None for its own default.
+        """What ``export`` allows where it is not told and its own default is less, as a fraction of the outputs' largest value.
 
         For targets whose options make the runtime compute in fewer bits than the Program.
         """
